@@ -1,0 +1,3 @@
+//! The init process of test guests.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Guest images: the initramfs writer shared by the developer tasks.
