@@ -1,2 +1,9 @@
 //! Hyper-V virtual PCI bus and pvIOMMU for KVM-based VMMs.
 #![deny(unsafe_code)]
+
+pub mod dma;
+pub mod mem;
+pub mod synic;
+pub mod vmbus;
+pub mod vmm;
+pub mod vpci;

@@ -1,0 +1,2 @@
+//! VMBus server.
+#![forbid(unsafe_code)]

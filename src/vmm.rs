@@ -1,0 +1,136 @@
+//! What the library needs of the VMM that embeds it.
+//!
+//! Each trait says one thing, in the library's own terms, so that an embedder is not tied to the
+//! versions of the KVM or VFIO crates that this library uses. Calls into these traits are made
+//! with no lock of the library held, with one exception: [`MsiSink::raise_msi`] is a leaf.
+#![forbid(unsafe_code)]
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Weak};
+
+/// A message-signalled interrupt as the interrupt fabric takes it: already translated to its
+/// destination, never what a guest wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Msi {
+    /// x86 MSI address: 0xFEE in bits 31:20, destination APIC id bits 7:0 in bits 19:12; bits 31:8
+    /// of the APIC id in bits 63:40 (KVM's extended form, `KVM_X2APIC_API_USE_32BIT_IDS`).
+    pub address: u64,
+    /// MSI data: the vector in bits 7:0, edge-triggered fixed delivery.
+    pub data: u32,
+}
+
+impl Msi {
+    /// Fixed, edge-triggered delivery of `vector` to the one local APIC `apic_id`, physical
+    /// destination mode.
+    pub fn fixed(apic_id: u32, vector: u8) -> Self {
+        let low = u64::from(apic_id & 0xff) << 12;
+        let high = u64::from(apic_id & 0xffff_ff00) << 32;
+        Self {
+            address: 0xfee0_0000 | low | high,
+            data: u32::from(vector),
+        }
+    }
+}
+
+/// Raises interrupts in the guest.
+pub trait MsiSink: Send + Sync + Debug {
+    /// Delivers one edge-triggered message. Must not block, take a lock that is held while calling
+    /// the library, or call back into the library: it runs inside the guard of an interrupt vector.
+    fn raise_msi(&self, msi: Msi);
+}
+
+/// Wakes a worker: the next time the VMM's loop runs, it calls [`Worker::process`].
+pub trait Trigger: Send + Sync + Debug {
+    /// Requests a run of the worker. Several triggers may collapse into one run, but each run
+    /// starts after the last trigger before it. Must not block; callable from any thread.
+    fn trigger(&self);
+}
+
+/// Work that the library does outside virtual CPU threads, in bounded steps.
+pub trait Worker: Send + Sync + Debug {
+    /// Name for threads and logs, such as `vmbus` or `vpci-1`.
+    fn name(&self) -> String;
+    /// Does one bounded step. Returns true when more work is waiting: the caller runs it again
+    /// without a trigger, after other workers had their turn. Never called twice at once.
+    fn process(&self) -> bool;
+}
+
+/// The VMM's loop: turns triggers into calls of [`Worker::process`].
+///
+/// The library starts no threads. An embedder backs this with its own loop (one eventfd a worker),
+/// the ready-made one of feature `devices`, or, in tests, a list that is drained by hand.
+pub trait WorkerHost: Send + Sync + Debug {
+    /// Adopts a worker and returns what wakes it. A worker whose weak reference no longer upgrades
+    /// is gone and may be forgotten.
+    ///
+    /// # Errors
+    ///
+    /// An I/O error when the loop cannot take another worker, for example for want of file
+    /// descriptors.
+    fn adopt(&self, worker: Weak<dyn Worker>) -> io::Result<Arc<dyn Trigger>>;
+}
+
+/// A store of the guest that rings an eventfd in the kernel instead of leaving the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Guest physical address of the store.
+    pub gpa: u64,
+    /// Width of the store in bytes (1, 2, 4 or 8), or 0 for any width.
+    pub len: u8,
+    /// Only this value rings, or any when absent.
+    pub data: Option<u64>,
+}
+
+/// Short-circuits doorbell registers (ioeventfd). Optional: without it the stores arrive as MMIO.
+pub trait Doorbells: Send + Sync + Debug {
+    /// Connects a doorbell to an eventfd.
+    ///
+    /// # Errors
+    ///
+    /// The host's error; the store then simply arrives as MMIO.
+    fn add(&self, doorbell: Doorbell, eventfd: BorrowedFd<'_>) -> io::Result<()>;
+    /// Disconnects a doorbell that was connected.
+    ///
+    /// # Errors
+    ///
+    /// The host's error, which is logged.
+    fn remove(&self, doorbell: Doorbell, eventfd: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+/// The partition's reference time.
+pub trait Clock: Send + Sync + Debug {
+    /// Units of 100 ns since the partition was created; monotonic over all virtual CPUs
+    /// (docs/spec/hyperv-guest-interface.md, section 8).
+    fn reference_time(&self) -> u64;
+}
+
+/// A [`Clock`] that counts from its own creation with the host's monotonic clock.
+#[derive(Debug)]
+pub struct MonotonicClock(std::time::Instant);
+
+impl Default for MonotonicClock {
+    fn default() -> Self {
+        Self(std::time::Instant::now())
+    }
+}
+
+impl Clock for MonotonicClock {
+    fn reference_time(&self) -> u64 {
+        (self.0.elapsed().as_nanos() / 100) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_apic_ids_go_to_the_high_half_of_the_address() {
+        assert_eq!(Msi::fixed(3, 0x41).address, 0xfee0_3000);
+        let wide = Msi::fixed(300, 0xf3);
+        assert_eq!(wide.address, 0x0000_0100_fee2_c000);
+        assert_eq!(wide.data, 0xf3);
+    }
+}

@@ -1,0 +1,169 @@
+//! What a device implements to sit on a vPCI bus.
+#![forbid(unsafe_code)]
+
+use std::fmt::Debug;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::dma::Dma;
+
+/// Number of base address registers in a type 0 header.
+pub const BAR_COUNT: usize = 6;
+
+/// Identity of a function: the read-only part of the type 0 header (PCI Local Bus 3.0, 6.2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PciIdentity {
+    /// Vendor id. 0xFFFF is not a function.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Revision id.
+    pub revision: u8,
+    /// Programming interface.
+    pub prog_if: u8,
+    /// Sub-class code.
+    pub subclass: u8,
+    /// Base class code.
+    pub base_class: u8,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: u16,
+    /// Subsystem id.
+    pub subsystem: u16,
+    /// Serial number that the bus relations carry; 0 when the device has none.
+    pub serial: u32,
+}
+
+/// Shape of one base address register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BarSpec {
+    /// Not implemented, or the upper half of the 64-bit BAR before it.
+    #[default]
+    None,
+    /// 32-bit memory BAR, not prefetchable.
+    Memory32 {
+        /// Size in bytes: a power of two, at least 4096.
+        size: u32,
+    },
+    /// 64-bit memory BAR; it takes the next register too, which must be [`BarSpec::None`].
+    Memory64 {
+        /// Size in bytes: a power of two, at least 4096.
+        size: u64,
+        /// Prefetchable bit.
+        prefetchable: bool,
+    },
+}
+
+/// One capability of the function, besides MSI and MSI-X, which the bus makes itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capability {
+    /// Capability id (PCI Code and ID Assignment, such as 0x09 for vendor specific).
+    pub id: u8,
+    /// Bytes behind the id and the next pointer.
+    pub body: Vec<u8>,
+    /// Bits of `body` that the guest may write; same length as `body`. All zero for a read-only
+    /// capability.
+    pub writable: Vec<u8>,
+}
+
+/// Where the MSI-X structures lie (PCI Local Bus 3.0, 6.8.2). The bus answers accesses to them;
+/// they must not share a page with registers of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsixSpec {
+    /// Number of vectors, 1 to 2048; at most 494 of them can be live at once.
+    pub vectors: u16,
+    /// BAR of the table.
+    pub table_bar: u8,
+    /// Offset of the table in its BAR, a multiple of 8.
+    pub table_offset: u32,
+    /// BAR of the pending bit array.
+    pub pba_bar: u8,
+    /// Offset of the pending bit array in its BAR, a multiple of 8.
+    pub pba_offset: u32,
+}
+
+/// The MSI capability of a function (PCI Local Bus 3.0, 6.8.1): 64-bit, with per-vector masking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiSpec {
+    /// Messages the function can ask for: 1, 2, 4, 8, 16 or 32.
+    pub messages: u8,
+}
+
+/// Everything about a function that never changes while it is plugged in.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct FunctionLayout {
+    /// Short name for logs and reports, such as `blk`.
+    pub kind: &'static str,
+    /// Identity registers.
+    pub identity: PciIdentity,
+    /// Base address registers.
+    pub bars: [BarSpec; BAR_COUNT],
+    /// Capabilities in list order, before MSI-X and MSI.
+    pub capabilities: Vec<Capability>,
+    /// MSI-X, if the function has it.
+    pub msix: Option<MsixSpec>,
+    /// MSI, if the function has it.
+    pub msi: Option<MsiSpec>,
+}
+
+/// Raises a function's interrupts. Implemented by the bus.
+pub trait InterruptLines: Send + Sync + Debug {
+    /// Signals vector `vector` (MSI-X table index, or MSI message number). Delivered, kept pending
+    /// while masked, or dropped when the guest has programmed no live handle, as a real device
+    /// would. Never blocks for longer than a vector's guard; callable from any thread.
+    fn raise(&self, vector: u16);
+}
+
+/// A function's register in a BAR whose store may ring an eventfd in the kernel.
+#[derive(Debug)]
+pub struct DoorbellRegister {
+    /// BAR of the register.
+    pub bar: u8,
+    /// Offset of the register in its BAR.
+    pub offset: u64,
+    /// Width of the store in bytes, or 0 for any.
+    pub len: u8,
+    /// Only this value rings, or any when absent.
+    pub data: Option<u64>,
+    /// The eventfd to ring.
+    pub eventfd: OwnedFd,
+}
+
+/// What the bus gives a function when it is plugged in.
+#[derive(Debug, Clone)]
+pub struct FunctionResources {
+    /// Access to guest memory.
+    pub dma: Dma,
+    /// The function's interrupts.
+    pub interrupts: Arc<dyn InterruptLines>,
+}
+
+/// A device on a vPCI bus.
+///
+/// The bus emulates the configuration header, the capabilities of the layout, BAR placement, and
+/// the MSI-X table; the device sees only its registers, its DMA and its interrupts. Methods are
+/// called from any virtual CPU thread, possibly several at once, with no lock of the bus held, and
+/// must return after bounded work: longer work belongs to the device's own worker.
+pub trait PciFunction: Send + Sync + Debug {
+    /// The constant facts. Called once, when the function is plugged in.
+    fn layout(&self) -> FunctionLayout;
+
+    /// Hands over DMA and interrupts. Called once, before any other access.
+    fn connect(&self, resources: FunctionResources);
+
+    /// A guest load from BAR `bar`; `data` is 1, 2, 4 or 8 bytes, naturally aligned, inside the
+    /// BAR. Unimplemented registers read as zero.
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
+
+    /// A guest store to BAR `bar`; same rules.
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+
+    /// Registers whose stores may ring an eventfd. Asked once, when the function is plugged in.
+    fn doorbells(&self) -> Vec<DoorbellRegister> {
+        Vec::new()
+    }
+
+    /// Back to the power-on state. When this returns the device starts no DMA and raises no
+    /// interrupt for anything that was asked of it before. The bus has already switched off bus
+    /// mastering, which drained DMA under way.
+    fn reset(&self);
+}

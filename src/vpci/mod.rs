@@ -1,0 +1,4 @@
+//! The virtual PCI bus.
+#![forbid(unsafe_code)]
+
+pub mod function;
