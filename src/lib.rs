@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod dma;
+pub mod hv;
 pub mod mem;
 pub mod synic;
 pub mod vmbus;

@@ -1,0 +1,9 @@
+//! Wire definitions of the Hyper-V guest interface: plain data, no behaviour.
+//!
+//! One source of truth for each fact of the ABI. Every item names where it comes from, in
+//! `docs/spec/` or in the kernel.
+#![forbid(unsafe_code)]
+
+pub mod status;
+
+pub use status::HvStatus;
