@@ -1,1 +1,5 @@
-//! Guest images: the initramfs writer shared by the developer tasks.
+//! Guest images: the initramfs writer shared by the developer tasks, the static init that runs in
+//! both kernels of the rig, and the types and judgement they share.
+
+pub mod report;
+pub mod scenario;

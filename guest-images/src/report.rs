@@ -1,0 +1,282 @@
+//! What a guest says about itself: the JSON behind its `VPCI-REPORT` line.
+//!
+//! The report carries observations only; whether they are good is decided outside the guest, by
+//! the rig's judge, with the host's own counters beside them.
+
+#![forbid(unsafe_code)]
+
+use crate::scenario::{Kind, Mode, PciAddress};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// First word of the line that carries a [`GuestReport`].
+pub const REPORT_PREFIX: &str = "VPCI-REPORT ";
+/// First word of the line by which a guest asks for something from outside.
+pub const EVENT_PREFIX: &str = "VPCI-EVENT ";
+/// First word of the line that carries a scenario's verdict.
+pub const VERDICT_PREFIX: &str = "VPCI-VERDICT ";
+/// First word of a line that says why a role gave up.
+pub const FAIL_PREFIX: &str = "VPCI-FAIL ";
+/// Version of the report's layout.
+pub const REPORT_VERSION: u32 = 1;
+
+/// Everything a guest observed in one boot.
+///
+/// No field has a default: a report that lacks one does not parse, and so cannot pass.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestReport {
+    /// [`REPORT_VERSION`].
+    pub version: u32,
+    /// Kernel release, as `uname -r` prints it.
+    pub kernel: String,
+    /// Mode the guest ran in.
+    pub mode: Mode,
+    /// Number of this boot, from 1; above 1 after resets.
+    pub boot: u32,
+    /// CPUs online when the report was made.
+    pub cpus: u32,
+    /// Seconds from the kernel's start to the report.
+    pub uptime_s: f64,
+    /// Every PCI function found, in the order of their addresses.
+    pub functions: Vec<PciFunctionReport>,
+    /// One entry a virtio-blk disk.
+    pub disks: Vec<DiskReport>,
+    /// One entry a virtio-rng function.
+    pub rngs: Vec<RngReport>,
+    /// Spans between two marks, during which interrupts were counted.
+    pub phases: Vec<Phase>,
+    /// Traffic under load while interrupts moved.
+    pub loads: Vec<LoadReport>,
+    /// Capacity changes seen.
+    pub grows: Vec<GrowReport>,
+    /// Unbind and bind cycles of bus drivers.
+    pub rebinds: Vec<RebindReport>,
+    /// Interrupt vectors of all functions at the end.
+    pub vectors: Vec<VectorCounts>,
+    /// The kernel log's noteworthy lines.
+    pub kmsg: KmsgReport,
+    /// What went wrong inside the guest, one line each; empty when all steps ran to their end.
+    pub failures: Vec<String>,
+    /// True when every step of the mode was reached.
+    pub complete: bool,
+}
+
+/// A PCI function as the guest's sysfs shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciFunctionReport {
+    /// Its address.
+    pub address: PciAddress,
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device_id: u16,
+    /// Class code, 24 bits.
+    pub class: u32,
+    /// What it is.
+    pub kind: Kind,
+    /// The PCI driver bound to it.
+    pub driver: Option<String>,
+    /// The driver bound to the virtio device below it.
+    pub virtio_driver: Option<String>,
+    /// MSI-X vectors that the driver has enabled.
+    pub msix_vectors: u32,
+    /// Instance GUID of the VMBus device that the root bus belongs to.
+    pub vmbus_device: Option<String>,
+}
+
+/// What happened on one disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskReport {
+    /// PCI function behind it.
+    pub address: PciAddress,
+    /// Block device name, for example `vda`.
+    pub name: String,
+    /// Size in bytes before any growth.
+    pub size: u64,
+    /// Whether the kernel shows it as read-only.
+    pub readonly: bool,
+    /// Request queues in use by the block layer.
+    pub queues: u32,
+    /// Bytes read that held what the host had put there.
+    pub initial_ok: u64,
+    /// Bytes written with the guest's own pattern.
+    pub written: u64,
+    /// Bytes of that pattern read back, past the page cache, that were right.
+    pub verified: u64,
+    /// Whether the flush succeeded.
+    pub flushed: bool,
+    /// FNV-1a (64 bits) of what was read back, in hexadecimal.
+    pub checksum: String,
+    /// Longest request of the data check in microseconds.
+    pub max_latency_us: u64,
+}
+
+/// What happened on one entropy source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngReport {
+    /// PCI function behind it.
+    pub address: PciAddress,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Longest read in microseconds.
+    pub max_latency_us: u64,
+    /// Every move of its queue's interrupt, in order.
+    pub moves: Vec<MoveReport>,
+}
+
+/// One move of an interrupt to another CPU by `/proc/irq/N/smp_affinity_list`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveReport {
+    /// CPU asked for.
+    pub cpu: u32,
+    /// CPU the kernel reports as effective afterwards.
+    pub effective: Option<u32>,
+    /// Reads completed after the move until the new CPU had counted an interrupt.
+    pub reads: u32,
+    /// Interrupts counted on the new CPU by then.
+    pub on_new_cpu: u64,
+}
+
+/// A span between two marks, with nothing in flight at either.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Phase {
+    /// What ran in it, for example `blk 1234:00:00.0 qd1 cpu 0`.
+    pub name: String,
+    /// What kind of work it was.
+    pub work: Work,
+    /// The function under test.
+    pub address: PciAddress,
+    /// Mark written at its start.
+    pub begin: u8,
+    /// Mark written at its end.
+    pub end: u8,
+    /// Requests completed in it.
+    pub requests: u64,
+    /// Interrupts of the function under test in this span, per MSI-X vector.
+    pub vectors: Vec<VectorCounts>,
+}
+
+/// The work of a [`Phase`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Work {
+    /// Requests one at a time: each must show as exactly one interrupt.
+    OneOutstanding,
+    /// Entropy reads while the interrupt moves; one buffer is outstanding at any time.
+    Moves,
+    /// One capacity change.
+    Grow,
+}
+
+/// Interrupts of one MSI-X vector.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VectorCounts {
+    /// PCI function.
+    pub address: PciAddress,
+    /// Index in the MSI-X table.
+    pub index: u32,
+    /// Name in `/proc/interrupts`, for example `virtio0-req.0`.
+    pub name: String,
+    /// Linux interrupt number.
+    pub irq: u32,
+    /// Interrupts counted, per CPU number; CPUs with none are left out.
+    pub per_cpu: BTreeMap<u32, u64>,
+}
+
+impl VectorCounts {
+    /// Interrupts on all CPUs.
+    pub fn total(&self) -> u64 {
+        self.per_cpu.values().sum()
+    }
+}
+
+/// Traffic of several threads while interrupts moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadReport {
+    /// PCI function of the disk under load.
+    pub address: PciAddress,
+    /// Threads.
+    pub threads: u32,
+    /// Requests completed.
+    pub requests: u64,
+    /// Requests that returned wrong data or an error.
+    pub bad: u64,
+    /// Longest request in microseconds.
+    pub max_latency_us: u64,
+    /// CPUs taken offline and online again under the traffic, in order.
+    pub cpu_cycles: Vec<u32>,
+    /// Moves of entropy interrupts done under the traffic.
+    pub moves: u32,
+}
+
+/// One capacity change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrowReport {
+    /// PCI function of the disk.
+    pub address: PciAddress,
+    /// Bytes before.
+    pub before: u64,
+    /// Bytes after.
+    pub after: u64,
+    /// Bytes of the new end written and read back right.
+    pub verified: u64,
+    /// Milliseconds until the guest saw the new size.
+    pub millis: u64,
+}
+
+/// One unbind and bind of a bus driver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RebindReport {
+    /// Number of the cycle, from 1.
+    pub cycle: u32,
+    /// VMBus device that was unbound.
+    pub vmbus_device: String,
+    /// Whether its PCI functions were gone after the unbind.
+    pub gone: bool,
+    /// Whether they were all back at the same addresses after the bind.
+    pub back: bool,
+    /// Milliseconds from the bind until they were.
+    pub millis: u64,
+    /// Bytes of its disks verified after the bind.
+    pub verified: u64,
+}
+
+/// The kernel log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KmsgReport {
+    /// Records read in all.
+    pub records: u64,
+    /// Noteworthy records found, more than `lines` holds if it overflowed.
+    pub noteworthy: u64,
+    /// Records lost because the kernel's buffer wrapped before they were read.
+    pub lost: u64,
+    /// Noteworthy records: level 4 (warning) or below, or with a tell-tale word in them. The
+    /// first [`KMSG_LINES`].
+    pub lines: Vec<KmsgLine>,
+}
+
+/// Most kernel log lines that a report carries.
+pub const KMSG_LINES: usize = 200;
+
+/// One record of the kernel log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KmsgLine {
+    /// Level, 0 (emergency) to 7 (debug).
+    pub level: u8,
+    /// Microseconds since boot.
+    pub time_us: u64,
+    /// The text, at most 300 bytes of it.
+    pub text: String,
+}
