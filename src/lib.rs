@@ -1,6 +1,7 @@
 //! Hyper-V virtual PCI bus and pvIOMMU for KVM-based VMMs.
 #![deny(unsafe_code)]
 
+pub mod devices;
 pub mod dma;
 pub mod hv;
 pub mod mem;

@@ -46,6 +46,12 @@ pub trait Trigger: Send + Sync + Debug {
     /// Requests a run of the worker. Several triggers may collapse into one run, but each run
     /// starts after the last trigger before it. Must not block; callable from any thread.
     fn trigger(&self);
+
+    /// An eventfd whose signal is a trigger too, so that a doorbell can wake the worker straight
+    /// from the kernel. Absent when the loop has none; doorbell stores then arrive as MMIO.
+    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Work that the library does outside virtual CPU threads, in bounded steps.

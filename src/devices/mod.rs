@@ -1,0 +1,5 @@
+//! Emulated functions for a vPCI bus, and the event loop that runs their workers.
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "devices")]
+pub mod event_loop;
