@@ -5,5 +5,6 @@
 #![forbid(unsafe_code)]
 
 pub mod status;
+pub mod vmbus;
 
 pub use status::HvStatus;

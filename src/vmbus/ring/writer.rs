@@ -1,0 +1,254 @@
+//! The host as producer: the host-to-guest ring.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{Ordering, fence};
+
+use zerocopy::IntoBytes;
+
+use super::{Fuse, RingError, RingMemory};
+use crate::hv::vmbus::ring as wire;
+use crate::mem::GuestRam;
+
+/// Room in the host-to-guest ring for one packet. Spent by [`RingWriter::send`] or
+/// [`RingWriter::complete`], or given back with [`RingWriter::release`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "the room stays taken until the reservation is spent or released"]
+pub struct Reservation {
+    /// Bytes in the ring, with descriptor and trailer.
+    len: u32,
+}
+
+/// Writes packets to the host-to-guest ring.
+///
+/// Room is reserved before it is used. A device reserves the room for a completion before it reads
+/// the request, so that no completion is ever dropped for want of room.
+#[derive(Debug)]
+pub struct RingWriter {
+    fuse: Fuse,
+    producer: Producer,
+}
+
+impl RingWriter {
+    /// Adopts the ring in `pfns` (4 KiB page numbers, control page first), starting at the write
+    /// index that the guest has set up. The guest must have initialised the control page: call
+    /// this at OPEN_CHANNEL, not at GPADL creation.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Pages`] if the pages do not make a ring, [`RingError::Index`] if an index is
+    /// bad.
+    pub fn open(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
+        let memory = RingMemory::new(ram, pfns)?;
+        let write = memory.load_index(wire::WRITE_INDEX)?;
+        let read = memory.load_index(wire::READ_INDEX)?;
+        memory.store(wire::PENDING_SEND_SIZE, 0, Ordering::Relaxed)?;
+        memory.store(
+            wire::FEATURE_BITS,
+            wire::FEATURE_PENDING_SEND_SIZE,
+            Ordering::Release,
+        )?;
+        let producer = Producer {
+            memory,
+            write,
+            read,
+            reserved: 0,
+            waiting: false,
+        };
+        Ok(Self {
+            fuse: Fuse::default(),
+            producer,
+        })
+    }
+
+    /// Longest payload that one packet can have, in bytes.
+    pub fn max_payload(&self) -> usize {
+        self.producer.max_payload()
+    }
+
+    /// Reserves room for one packet with up to `payload_len` bytes of payload, or returns `None`
+    /// if there is none. The guest has then been asked to signal the channel when there is; the
+    /// caller tries again when it does, or when it has released other reservations.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::TooLong`] if no packet can be that long; any other error stops the ring.
+    pub fn reserve(&mut self, payload_len: usize) -> Result<Option<Reservation>, RingError> {
+        self.fuse.guard(|| self.producer.reserve(payload_len))
+    }
+
+    /// Gives unused room back.
+    pub fn release(&mut self, reservation: Reservation) {
+        self.producer.release(reservation);
+    }
+
+    /// Sends a packet of the host's own, to which no answer is expected (transaction id 0).
+    /// Returns true if the guest is to be signalled.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::TooLong`] if the payload is longer than its reservation, which is given back;
+    /// any other error stops the ring.
+    pub fn send(&mut self, room: Reservation, payload: &[u8]) -> Result<bool, RingError> {
+        let producer = &mut self.producer;
+        self.fuse
+            .guard(|| producer.write(room, wire::TYPE_IN_BAND, 0, payload))
+    }
+
+    /// Answers the request `transaction_id`, which asked for a completion and had none yet.
+    /// Returns true if the guest is to be signalled.
+    ///
+    /// # Errors
+    ///
+    /// As for [`RingWriter::send`].
+    pub fn complete(
+        &mut self,
+        room: Reservation,
+        transaction_id: u64,
+        payload: &[u8],
+    ) -> Result<bool, RingError> {
+        let producer = &mut self.producer;
+        self.fuse
+            .guard(|| producer.write(room, wire::TYPE_COMPLETION, transaction_id, payload))
+    }
+
+    /// True if the guest has packets left to read, as far as it lets us see: after an open or a
+    /// restore the caller signals once more then, as an earlier signal may have been lost.
+    ///
+    /// # Errors
+    ///
+    /// A [`RingError`] stops the ring.
+    pub fn is_unread(&mut self) -> Result<bool, RingError> {
+        self.fuse
+            .guard(|| Ok(self.producer.load_read()? != self.producer.write))
+    }
+}
+
+#[derive(Debug)]
+struct Producer {
+    memory: RingMemory,
+    /// Our write index.
+    write: u32,
+    /// The guest's read index as last loaded and checked.
+    read: u32,
+    /// Bytes that reservations hold.
+    reserved: u32,
+    /// The pending send size is not 0.
+    waiting: bool,
+}
+
+/// Bytes in the ring of a packet with `payload_len` bytes of payload.
+fn ring_len(payload_len: usize) -> u32 {
+    let payload = payload_len.next_multiple_of(wire::ALIGN as usize) as u32;
+    wire::DESCRIPTOR_LEN + payload + wire::TRAILER_LEN
+}
+
+impl Producer {
+    fn max_payload(&self) -> usize {
+        // A ring is never filled completely: equal indices mean empty.
+        let ring = self.memory.size - wire::ALIGN - ring_len(0);
+        (wire::MAX_HOST_PACKET - wire::DESCRIPTOR_LEN as usize).min(ring as usize)
+    }
+
+    /// Loads the guest's read index. It only moves towards our write index, so room that was there
+    /// once stays there until we use it.
+    fn load_read(&mut self) -> Result<u32, RingError> {
+        let read = self.memory.load_index(wire::READ_INDEX)?;
+        let used = self.memory.distance(read, self.write);
+        if used > self.memory.distance(self.read, self.write) {
+            return Err(RingError::IndexWentBack {
+                from: self.read,
+                to: read,
+            });
+        }
+        self.read = read;
+        Ok(read)
+    }
+
+    /// True if `len` more bytes fit beside the packets and reservations there are.
+    fn fits(&self, len: u32) -> bool {
+        let used = self.memory.distance(self.read, self.write);
+        let taken = u64::from(used) + u64::from(self.reserved) + u64::from(len);
+        taken <= u64::from(self.memory.size - wire::ALIGN)
+    }
+
+    fn reserve(&mut self, payload_len: usize) -> Result<Option<Reservation>, RingError> {
+        let limit = self.max_payload();
+        if payload_len > limit {
+            return Err(RingError::TooLong {
+                len: payload_len,
+                limit,
+            });
+        }
+        let len = ring_len(payload_len);
+        if !self.fits(len) {
+            self.load_read()?;
+        }
+        if !self.fits(len) {
+            let pending = (self.reserved + len).min(self.memory.size - wire::ALIGN);
+            self.memory
+                .store(wire::PENDING_SEND_SIZE, pending, Ordering::Release)?;
+            self.waiting = true;
+            // The guest stores its index, fences and looks at the pending size; so look once more.
+            fence(Ordering::SeqCst);
+            self.load_read()?;
+        }
+        if !self.fits(len) {
+            return Ok(None);
+        }
+        if std::mem::take(&mut self.waiting) {
+            self.memory
+                .store(wire::PENDING_SEND_SIZE, 0, Ordering::Release)?;
+        }
+        self.reserved += len;
+        Ok(Some(Reservation { len }))
+    }
+
+    fn release(&mut self, reservation: Reservation) {
+        self.reserved = self.reserved.saturating_sub(reservation.len);
+    }
+
+    fn write(
+        &mut self,
+        room: Reservation,
+        packet_type: u16,
+        transaction_id: u64,
+        payload: &[u8],
+    ) -> Result<bool, RingError> {
+        let limit = (room.len - ring_len(0)) as usize;
+        self.release(room);
+        if payload.len() > limit {
+            return Err(RingError::TooLong {
+                len: payload.len(),
+                limit,
+            });
+        }
+        let len = ring_len(payload.len());
+        debug_assert!(self.fits(len), "a reservation of another ring");
+        let descriptor = wire::PacketDescriptor {
+            packet_type,
+            offset8: (wire::DESCRIPTOR_LEN / wire::ALIGN) as u16,
+            len8: ((len - wire::TRAILER_LEN) / wire::ALIGN) as u16,
+            flags: 0,
+            transaction_id,
+        };
+        let start = self.write;
+        let memory = &self.memory;
+        memory.write(start, descriptor.as_bytes())?;
+        let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
+        memory.write(payload_at, payload)?;
+        let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
+        let mut tail = [0; 2 * wire::ALIGN as usize];
+        let tail = &mut tail[..padding + wire::TRAILER_LEN as usize];
+        tail[padding + 4..].copy_from_slice(&start.to_le_bytes());
+        memory.write(memory.advance(payload_at, payload.len() as u32), tail)?;
+        self.write = memory.advance(start, len);
+        memory.store(wire::WRITE_INDEX, self.write, Ordering::Release)?;
+        // The guest unmasks, fences and looks at our index; we store our index, fence and look at
+        // its mask: one of the two sees the other.
+        fence(Ordering::SeqCst);
+        if memory.load(wire::INTERRUPT_MASK, Ordering::Relaxed)? != 0 {
+            return Ok(false);
+        }
+        Ok(self.load_read()? == start)
+    }
+}
