@@ -4,7 +4,11 @@
 //! `docs/spec/` or in the kernel.
 #![forbid(unsafe_code)]
 
+pub mod cpuid;
+pub mod hypercall;
+pub mod msr;
 pub mod status;
+pub mod synic;
 pub mod vmbus;
 
 pub use status::HvStatus;
