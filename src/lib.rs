@@ -1,10 +1,13 @@
 //! Hyper-V virtual PCI bus and pvIOMMU for KVM-based VMMs.
 #![deny(unsafe_code)]
 
+pub mod cpuid;
 pub mod devices;
 pub mod dma;
 pub mod hv;
+pub mod hypercall;
 pub mod mem;
+pub mod msr;
 pub mod synic;
 pub mod vmbus;
 pub mod vmm;

@@ -1,10 +1,17 @@
 //! The synthetic interrupt controller (SynIC): messages and event flags towards the guest.
 #![forbid(unsafe_code)]
 
+mod state;
+mod user;
+mod vp;
+
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::vmm::Trigger;
+
+pub use state::{MessageState, SynicState, SynicStateError, VpSynicState};
+pub use user::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
 
 /// Why a message or event did not reach a VP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +34,12 @@ pub enum SynicError {
         /// VP index whose SynIC is off.
         vp: u32,
     },
+    /// The SINT, event flag, message type or payload length is out of range.
+    #[error("SINT {sint} takes no such message or event")]
+    OutOfRange {
+        /// SINT asked for.
+        sint: u8,
+    },
 }
 
 /// What the VMBus server and its channels use towards the guest. The user-space SynIC implements
@@ -36,11 +49,11 @@ pub trait SynicPort: Send + Sync + Debug {
     fn vp_count(&self) -> u32;
 
     /// Queues a message for a SINT of a VP, in order behind earlier ones of that VP. `payload` is
-    /// at most 240 bytes.
+    /// at most 240 bytes, and `message_type` is not 0.
     ///
     /// # Errors
     ///
-    /// [`SynicError::NoVp`] or [`SynicError::QueueFull`].
+    /// [`SynicError::NoVp`], [`SynicError::OutOfRange`] or [`SynicError::QueueFull`].
     fn post_message(
         &self,
         vp: u32,
@@ -54,7 +67,7 @@ pub trait SynicPort: Send + Sync + Debug {
     ///
     /// # Errors
     ///
-    /// [`SynicError::NoVp`] or [`SynicError::Disabled`].
+    /// [`SynicError::NoVp`], [`SynicError::OutOfRange`] or [`SynicError::Disabled`].
     fn signal_event(&self, vp: u32, sint: u8, flag: u16) -> Result<(), SynicError>;
 
     /// Drops the messages that are queued for `sint` but not yet in a slot, on all VPs: what is
