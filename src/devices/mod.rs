@@ -3,3 +3,5 @@
 
 #[cfg(feature = "devices")]
 pub mod event_loop;
+#[cfg(feature = "devices")]
+pub mod virtio;
