@@ -152,6 +152,8 @@ pub struct Phase {
     pub work: Work,
     /// The function under test.
     pub address: PciAddress,
+    /// CPU that all requests came from, where it was one.
+    pub cpu: Option<u32>,
     /// Mark written at its start.
     pub begin: u8,
     /// Mark written at its end.

@@ -1,3 +1,0 @@
-//! The init process of test guests.
-
-fn main() {}

@@ -1,0 +1,270 @@
+//! The role in the guest under test: exercise its PCI functions and report what was seen.
+
+use crate::disk::Disk;
+use crate::marks::{Marker, Span};
+use crate::pci::{self, Found};
+use crate::rng::Rng;
+use crate::system::{self, online_cpus, say, step, write_text};
+use crate::{End, capacity, interrupts, kmsg, load, rebind};
+use anyhow::{Context, Result};
+use guest_images::report::{
+    FAIL_PREFIX, GuestReport, KmsgReport, REPORT_PREFIX, REPORT_VERSION, Work,
+};
+use guest_images::scenario::{GuestParams, Kind, Mode};
+use std::time::Duration;
+
+/// Longest wait for the expected functions.
+const PROBE_LIMIT: Duration = Duration::from_secs(40);
+
+/// Runs the role to its report.
+pub(crate) fn run(cmdline: &str) -> Result<End> {
+    let params: GuestParams = cmdline.parse().map_err(anyhow::Error::msg)?;
+    system::start_watchdog(Duration::from_secs(params.time_limit_s));
+    let mut guest = Guest {
+        params,
+        report: empty_report(),
+    };
+    let end = match guest.work() {
+        Ok(End::Reset) => {
+            say("vpci: reset");
+            return Ok(End::Reset);
+        }
+        Ok(end) => {
+            guest.report.complete = true;
+            end
+        }
+        Err(error) => {
+            say(&format!("{FAIL_PREFIX}{error:#}"));
+            guest.report.failures.push(format!("{error:#}"));
+            End::PowerOff
+        }
+    };
+    if let Err(error) = guest.finish() {
+        guest.report.failures.push(format!("{error:#}"));
+        guest.report.complete = false;
+    }
+    print(&guest.report)?;
+    Ok(end)
+}
+
+struct Guest {
+    params: GuestParams,
+    report: GuestReport,
+}
+
+impl Guest {
+    fn work(&mut self) -> Result<End> {
+        step("load modules");
+        let loaded = system::load_modules()?;
+        step(format!(
+            "{loaded} modules loaded; wait for the PCI functions"
+        ));
+        let mut functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
+        let generation = self.check_disks(&functions)?;
+        match self.params.mode {
+            Mode::Reboot if self.report.boot <= self.params.repeat => return Ok(End::Reset),
+            Mode::Rebind => {
+                for cycle in 1..=self.params.repeat {
+                    let cycle = rebind::cycle(cycle, &functions, generation)?;
+                    self.report.rebinds.extend(cycle);
+                }
+                functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
+            }
+            Mode::Reboot | Mode::Short | Mode::Full => {}
+        }
+        self.count_interrupts(&functions, generation)?;
+        Ok(End::PowerOff)
+    }
+
+    /// The data check of every disk. Gives the generation that they hold now, which is the number
+    /// of this boot.
+    fn check_disks(&mut self, functions: &[Found]) -> Result<u64> {
+        let disks = disks(functions)?;
+        let from = match disks.iter().find(|disk| !disk.readonly().unwrap_or(true)) {
+            Some(disk) => disk.generation()?,
+            None => 0,
+        };
+        let to = from + 1;
+        self.report.boot = u32::try_from(to).context("generation on the disk")?;
+        for disk in &disks {
+            step(format!("data check of {} ({})", disk.name, disk.address()));
+            let from = if disk.readonly()? { 0 } else { from };
+            self.report.disks.push(disk.check(from, to)?);
+        }
+        Ok(to)
+    }
+
+    fn count_interrupts(&mut self, functions: &[Found], generation: u64) -> Result<()> {
+        let cpus = online_cpus()?;
+        let disks = disks(functions)?;
+        let mut marker = Marker::open(self.params.marks)?;
+        self.one_outstanding(&mut marker, &disks, &cpus, generation, "")?;
+        let mut rngs = Vec::new();
+        let mut moves = Vec::new();
+        for function in functions
+            .iter()
+            .filter(|function| function.kind == Kind::Rng)
+        {
+            step(format!("find the entropy source of {}", function.address));
+            let mut rng = Rng::open(function)?;
+            let mut list = Vec::new();
+            let name = format!("rng {} moves", function.address);
+            let span = Span {
+                name,
+                kind: Work::Moves,
+                cpu: None,
+            };
+            let phase = marker.phase(span, function, || rng.move_over(&cpus, &mut list));
+            self.report.phases.push(phase?);
+            rngs.push(rng);
+            moves.push(list);
+        }
+        if self.params.mode == Mode::Full {
+            for disk in &disks {
+                step(format!("load on {} ({})", disk.name, disk.address()));
+                let generation = disk_generation(disk, generation)?;
+                let report = load::run(disk, generation, &cpus, &mut rngs)?;
+                self.report.loads.push(report);
+            }
+            self.grow(&mut marker, &disks, generation)?;
+            self.one_outstanding(&mut marker, &disks, &cpus, generation, " after load")?;
+        }
+        for (rng, moves) in rngs.into_iter().zip(moves) {
+            self.report.rngs.push(rng.report(moves));
+        }
+        Ok(())
+    }
+
+    fn one_outstanding(
+        &mut self,
+        marker: &mut Marker,
+        disks: &[Disk],
+        cpus: &[u32],
+        generation: u64,
+        when: &str,
+    ) -> Result<()> {
+        for disk in disks {
+            let generation = disk_generation(disk, generation)?;
+            for &cpu in cpus {
+                let name = format!("blk {} CPU {cpu}{when}", disk.address());
+                let run = || disk.one_at_a_time(cpu, generation);
+                let span = Span {
+                    name,
+                    kind: Work::OneOutstanding,
+                    cpu: Some(cpu),
+                };
+                let phase = marker.phase(span, &disk.function, run);
+                self.report.phases.push(phase?);
+            }
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, marker: &mut Marker, disks: &[Disk], generation: u64) -> Result<()> {
+        if !self.params.grow {
+            return Ok(());
+        }
+        for disk in disks {
+            if disk.readonly()? {
+                continue;
+            }
+            let mut seen = None;
+            let name = format!("blk {} grow", disk.address());
+            let span = Span {
+                name,
+                kind: Work::Grow,
+                cpu: None,
+            };
+            let phase = marker.phase(span, &disk.function, || {
+                seen = Some(capacity::grow(disk)?);
+                Ok(1)
+            });
+            self.report.phases.push(phase?);
+            if let Some(mut report) = seen {
+                step(format!("data check of the new end of {}", disk.name));
+                capacity::use_new_end(disk, generation, &mut report)?;
+                self.report.grows.push(report);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills in what is known at the end, also after a failure.
+    fn finish(&mut self) -> Result<()> {
+        step("report");
+        self.report.kernel = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
+        self.report.mode = self.params.mode;
+        self.report.cpus = online_cpus()?.len() as u32;
+        self.report.kmsg = kmsg::collect()?;
+        for function in pci::list()? {
+            self.report.functions.push(function.report()?);
+            // Only functions under test have vectors whose names are known.
+            if self
+                .params
+                .expect
+                .iter()
+                .any(|expected| expected.address == function.address)
+            {
+                self.report.vectors.extend(interrupts::vectors(&function)?);
+            }
+        }
+        self.report.uptime_s = system::uptime();
+        Ok(())
+    }
+}
+
+/// A read-only disk stays at what the rig put there.
+fn disk_generation(disk: &Disk, generation: u64) -> Result<u64> {
+    Ok(if disk.readonly()? { 0 } else { generation })
+}
+
+fn disks(functions: &[Found]) -> Result<Vec<Disk>> {
+    functions
+        .iter()
+        .filter(|function| function.kind == Kind::Blk)
+        .map(Disk::open)
+        .collect()
+}
+
+fn empty_report() -> GuestReport {
+    GuestReport {
+        version: REPORT_VERSION,
+        kernel: String::new(),
+        mode: Mode::Full,
+        boot: 0,
+        cpus: 0,
+        uptime_s: 0.0,
+        functions: Vec::new(),
+        disks: Vec::new(),
+        rngs: Vec::new(),
+        phases: Vec::new(),
+        loads: Vec::new(),
+        grows: Vec::new(),
+        rebinds: Vec::new(),
+        vectors: Vec::new(),
+        kmsg: KmsgReport {
+            records: 0,
+            noteworthy: 0,
+            lost: 0,
+            lines: Vec::new(),
+        },
+        failures: Vec::new(),
+        complete: false,
+    }
+}
+
+/// Prints the report line with the kernel's own messages kept off the console.
+fn print(report: &GuestReport) -> Result<()> {
+    if let Err(error) = write_text("/proc/sys/kernel/printk", "1") {
+        say(&format!(
+            "vpci: kernel messages may cut the report: {error:#}"
+        ));
+    }
+    let json = serde_json::to_string(report).context("report")?;
+    // Starts on a line of its own, whatever the kernel has left on the last one.
+    say(&format!("\n{REPORT_PREFIX}{json}"));
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! PCI functions, as sysfs shows them.
+
+use crate::system::{read_text, wait_for};
+use anyhow::{Context, Result};
+use guest_images::report::PciFunctionReport;
+use guest_images::scenario::{Expected, Kind, PciAddress};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Directory of all PCI functions.
+const DEVICES: &str = "/sys/bus/pci/devices";
+/// Vendor id of virtio functions.
+const VIRTIO_VENDOR: u16 = 0x1af4;
+
+/// A PCI function and what hangs below it.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) address: PciAddress,
+    pub(crate) kind: Kind,
+    path: PathBuf,
+}
+
+impl Found {
+    fn open(address: PciAddress) -> Result<Self> {
+        let path = Path::new(DEVICES).join(address.to_string());
+        let kind = kind_of(hex(&path.join("vendor"))?, hex(&path.join("device"))?);
+        Ok(Self {
+            address,
+            kind,
+            path,
+        })
+    }
+
+    /// Directory of the virtio device, once its transport driver has made one.
+    pub(crate) fn virtio(&self) -> Option<PathBuf> {
+        child_starting(&self.path, "virtio")
+    }
+
+    /// Name of the block device below, once there is one.
+    pub(crate) fn block(&self) -> Option<String> {
+        let block = child_starting(&self.virtio()?.join("block"), "vd")?;
+        Some(block.file_name()?.to_str()?.to_owned())
+    }
+
+    /// Linux interrupt numbers of the function's MSI or MSI-X vectors; none before its driver has
+    /// enabled them.
+    pub(crate) fn msi_irqs(&self) -> Result<Vec<u32>> {
+        let directory = self.path.join("msi_irqs");
+        if !directory.exists() {
+            return Ok(Vec::new());
+        }
+        names(&directory)?
+            .iter()
+            .map(|name| {
+                name.parse()
+                    .with_context(|| format!("{}/{name}", directory.display()))
+            })
+            .collect()
+    }
+
+    /// The VMBus device that the function's root bus belongs to.
+    pub(crate) fn vmbus_device(&self) -> Option<String> {
+        let path = fs::canonicalize(&self.path).ok()?;
+        path.components()
+            .filter_map(|part| part.as_os_str().to_str())
+            .find(|part| Uuid::parse_str(part).is_ok())
+            .map(str::to_owned)
+    }
+
+    /// Whether its drivers are bound and what they make is there.
+    fn ready(&self) -> bool {
+        let bound = self
+            .virtio()
+            .is_some_and(|virtio| virtio.join("driver").exists());
+        match self.kind {
+            Kind::Blk => bound && self.block().is_some(),
+            Kind::Rng => bound,
+            Kind::Testdev | Kind::Other => true,
+        }
+    }
+
+    pub(crate) fn report(&self) -> Result<PciFunctionReport> {
+        Ok(PciFunctionReport {
+            address: self.address,
+            vendor: hex(&self.path.join("vendor"))? as u16,
+            device_id: hex(&self.path.join("device"))? as u16,
+            class: hex(&self.path.join("class"))?,
+            kind: self.kind,
+            driver: driver(&self.path),
+            virtio_driver: self.virtio().as_deref().and_then(driver),
+            msix_vectors: self.msi_irqs()?.len() as u32,
+            vmbus_device: self.vmbus_device(),
+        })
+    }
+}
+
+fn kind_of(vendor: u32, device: u32) -> Kind {
+    if vendor != u32::from(VIRTIO_VENDOR) {
+        return Kind::Other;
+    }
+    match device {
+        0x1001 | 0x1042 => Kind::Blk,
+        0x1005 | 0x1044 => Kind::Rng,
+        _ => Kind::Other,
+    }
+}
+
+/// Every PCI function, by address.
+pub(crate) fn list() -> Result<Vec<Found>> {
+    let mut addresses: Vec<PciAddress> = names(Path::new(DEVICES))?
+        .iter()
+        .map(|name| name.parse().map_err(anyhow::Error::msg))
+        .collect::<Result<_>>()?;
+    addresses.sort();
+    addresses.into_iter().map(Found::open).collect()
+}
+
+/// Whether a function exists at `address`.
+pub(crate) fn exists(address: PciAddress) -> bool {
+    Path::new(DEVICES).join(address.to_string()).exists()
+}
+
+/// Waits until every expected function is there with its drivers bound.
+pub(crate) fn wait_expected(expected: &[Expected], limit: Duration) -> Result<Vec<Found>> {
+    let mut missing = String::new();
+    let found = wait_for("PCI functions", limit, || {
+        let mut found = Vec::new();
+        missing.clear();
+        for item in expected {
+            // A function can vanish between the two looks: that is "not there yet".
+            match exists(item.address).then(|| Found::open(item.address)) {
+                Some(Ok(function)) if function.kind == item.kind && function.ready() => {
+                    found.push(function);
+                }
+                _ => missing.push_str(&format!(" {}={}", item.address, item.kind.as_str())),
+            }
+        }
+        Ok(missing.is_empty().then_some(found))
+    });
+    found.with_context(|| format!("missing or without driver:{missing}; present:{}", present()))
+}
+
+fn present() -> String {
+    let all = list().unwrap_or_default();
+    all.iter()
+        .map(|function| {
+            let driver = driver(&function.path).unwrap_or_else(|| "no driver".into());
+            format!(
+                " {}={} ({driver})",
+                function.address,
+                function.kind.as_str()
+            )
+        })
+        .collect()
+}
+
+fn driver(device: &Path) -> Option<String> {
+    let target = fs::read_link(device.join("driver")).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
+}
+
+fn hex(path: &Path) -> Result<u32> {
+    let text = read_text(path)?;
+    u32::from_str_radix(text.trim_start_matches("0x"), 16)
+        .with_context(|| format!("{}: {text:?}", path.display()))
+}
+
+/// Sorted names in a directory.
+pub(crate) fn names(directory: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).with_context(|| directory.display().to_string())? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn child_starting(directory: &Path, prefix: &str) -> Option<PathBuf> {
+    let names = names(directory).ok()?;
+    let name = names.iter().find(|name| name.starts_with(prefix))?;
+    Some(directory.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn virtio_ids_old_and_new_give_the_kind() {
+        assert_eq!(kind_of(0x1af4, 0x1001), Kind::Blk);
+        assert_eq!(kind_of(0x1af4, 0x1042), Kind::Blk);
+        assert_eq!(kind_of(0x1af4, 0x1044), Kind::Rng);
+        assert_eq!(kind_of(0x1af4, 0x1041), Kind::Other);
+        assert_eq!(kind_of(0x8086, 0x1042), Kind::Other);
+    }
+}

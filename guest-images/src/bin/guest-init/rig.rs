@@ -1,0 +1,263 @@
+//! The role in the host kernel of the rig: run a scenario and print its verdict.
+
+use crate::End;
+use crate::bounded::bounded;
+use crate::system::{self, put, say, step};
+use crate::vmm::{self, Files};
+use anyhow::{Context, Result, bail};
+use guest_images::allow::AllowList;
+use guest_images::host::HostReport;
+use guest_images::judge::{self, DiskAfter, Evidence};
+use guest_images::pattern::{Checksum, Pattern};
+use guest_images::report::GuestReport;
+use guest_images::scenario::{Function, PciAddress, Run, Scenario};
+use guest_images::verdict::{RunVerdict, Verdict};
+use rustix::mount::MountFlags;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Where the shared directory is mounted.
+const SHARE: &str = "/host";
+/// Directory for disks and reports; in memory.
+const SCRATCH: &str = "/tmp";
+/// Limit of everything before the scenario's own limit is known.
+const SETUP_LIMIT: Duration = Duration::from_secs(120);
+/// Bytes that are made or checked at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Runs the role to its verdict.
+pub(crate) fn run() -> Result<End> {
+    let scenario = set_up().unwrap_or_else(|error| Err(format!("{error:#}")));
+    let verdict = match scenario {
+        Ok(scenario) => judge_all(&scenario),
+        Err(error) => Verdict {
+            scenario: String::new(),
+            pass: false,
+            failures: vec![error],
+            runs: Vec::new(),
+        },
+    };
+    // Kernel messages stay off the console so that none comes inside the line.
+    let _ = system::write_text("/proc/sys/kernel/printk", "1");
+    say(&format!("\n{}", verdict.line()));
+    Ok(End::PowerOff)
+}
+
+/// Mounts the share and reads the scenario, within a limit: a share that does not answer hangs.
+fn set_up() -> Result<Result<Scenario, String>> {
+    bounded("set-up of the rig", SETUP_LIMIT, || {
+        step("load modules");
+        let loaded = system::load_modules()?;
+        step(format!(
+            "{loaded} modules loaded; mount the shared directory"
+        ));
+        let options = "trans=virtio,version=9p2000.L,msize=262144,cache=loose";
+        system::mount_at("host", "9p", SHARE, MountFlags::RDONLY, Some(options))?;
+        let path = Path::new(SHARE).join("scenario.json");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        Ok(serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display())))
+    })
+}
+
+fn judge_all(scenario: &Scenario) -> Verdict {
+    system::start_watchdog(Duration::from_secs(scenario.time_limit_s));
+    let mut verdict = Verdict {
+        scenario: scenario.name.clone(),
+        pass: false,
+        failures: Vec::new(),
+        runs: Vec::new(),
+    };
+    if scenario.runs.is_empty() && scenario.exec.is_none() {
+        verdict.failures.push("the scenario has no runs".into());
+    }
+    if let Some(line) = &scenario.exec {
+        step(format!("exec {line}"));
+        if let Err(error) = execute(line, Duration::from_secs(scenario.time_limit_s)) {
+            verdict.failures.push(format!("exec {line}: {error:#}"));
+        }
+    }
+    let allow = match AllowList::committed() {
+        Ok(allow) => allow,
+        Err(error) => {
+            verdict.failures.push(format!("allow-list: {error}"));
+            AllowList::default()
+        }
+    };
+    for run in &scenario.runs {
+        step(format!("run {}", run.name));
+        let judged = one_run(run, &allow).unwrap_or_else(|error| RunVerdict {
+            name: run.name.clone(),
+            pass: false,
+            failures: vec![format!("{error:#}")],
+            seconds: 0.0,
+            metrics: Default::default(),
+        });
+        for failure in &judged.failures {
+            say(&format!("vpci: run {}: FAILED: {failure}", run.name));
+        }
+        verdict.runs.push(judged);
+    }
+    verdict.pass = verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass);
+    verdict
+}
+
+fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
+    let files = Files {
+        share: Path::new(SHARE),
+        scratch: Path::new(SCRATCH),
+    };
+    if files.report().exists() {
+        fs::remove_file(files.report()).context("old report")?;
+    }
+    for function in &run.functions {
+        if let Function::Blk { size_mib, .. } = function {
+            let address = function.address();
+            make_disk(&files.disk(address), address, u64::from(*size_mib) << 20)?;
+        }
+    }
+    let outcome = vmm::execute(run, &files)?;
+    let evidence = Evidence {
+        run,
+        vmm: outcome.failure,
+        host: read_host_report(&files.report()),
+        disks: check_disks(run, &files, outcome.guest.as_ref().ok()),
+        guest: outcome.guest,
+        allow,
+    };
+    for function in &run.functions {
+        if matches!(function, Function::Blk { .. }) {
+            // Best effort: the next run's own disks would find no room otherwise, and say so.
+            let _ = fs::remove_file(files.disk(function.address()));
+        }
+    }
+    let failures = judge::failures(&evidence);
+    Ok(RunVerdict {
+        name: run.name.clone(),
+        pass: failures.is_empty(),
+        failures,
+        seconds: outcome.took.as_secs_f64(),
+        metrics: judge::metrics(&evidence),
+    })
+}
+
+fn read_host_report(path: &Path) -> Result<HostReport, String> {
+    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    serde_json::from_str(&text).map_err(|error| format!("malformed: {error}"))
+}
+
+fn make_disk(path: &Path, address: PciAddress, size: u64) -> Result<()> {
+    let pattern = Pattern::new(address, 0);
+    let mut file = File::create(path).with_context(|| path.display().to_string())?;
+    let mut buffer = vec![0; CHUNK];
+    for offset in (0..size).step_by(CHUNK) {
+        pattern.fill(offset, &mut buffer);
+        file.write_all(&buffer)
+            .with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// What the backing files hold now, given what the guest says it did.
+fn check_disks(run: &Run, files: &Files<'_>, guest: Option<&GuestReport>) -> Vec<DiskAfter> {
+    let mut disks = Vec::new();
+    for function in &run.functions {
+        let Function::Blk {
+            size_mib, readonly, ..
+        } = function
+        else {
+            continue;
+        };
+        let address = function.address();
+        let generation = match guest {
+            Some(guest) if !readonly => u64::from(guest.boot),
+            _ => 0,
+        };
+        let size = u64::from(*size_mib) << 20;
+        let contents = check_disk(
+            &files.disk(address),
+            Pattern::new(address, generation),
+            size,
+        );
+        disks.push(DiskAfter {
+            address,
+            contents: contents.map_err(|error| format!("{error:#}")),
+        });
+    }
+    disks
+}
+
+/// Checks the whole file and gives the checksum of its first `size` bytes.
+fn check_disk(path: &Path, pattern: Pattern, size: u64) -> Result<String> {
+    let mut file = File::open(path).with_context(|| path.display().to_string())?;
+    let length = file.metadata()?.len();
+    let mut buffer = vec![0; CHUNK];
+    let mut checksum = Checksum::default();
+    for offset in (0..length).step_by(CHUNK) {
+        let buffer = &mut buffer[..CHUNK.min((length - offset) as usize)];
+        file.read_exact(buffer)?;
+        if let Some(wrong) = pattern.mismatch(offset, buffer) {
+            bail!("wrong contents at {:#x}", offset + wrong as u64);
+        }
+        if offset < size {
+            checksum.add(buffer);
+        }
+    }
+    Ok(checksum.hex())
+}
+
+/// Runs a developer's command with its output on the console.
+fn execute(line: &str, limit: Duration) -> Result<()> {
+    let mut words = line.split_ascii_whitespace();
+    let program = words.next().context("no command")?;
+    let mut child = Command::new(program)
+        .args(words)
+        .current_dir(SHARE)
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = child.stdout.take().context("output")?;
+    let copied = bounded("output", limit, move || {
+        let mut buffer = [0; 4096];
+        loop {
+            match output.read(&mut buffer)? {
+                0 => return Ok(()),
+                length => put(&buffer[..length]),
+            }
+        }
+    });
+    if copied.is_err() {
+        // The command has had its time; its status follows.
+        let _ = child.kill();
+    }
+    let status = child.wait()?;
+    copied?;
+    if !status.success() {
+        bail!("{status}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_holds_what_the_check_expects_and_a_wrong_byte_is_found() {
+        let path = std::env::temp_dir().join(format!("vpci-disk-{}", std::process::id()));
+        let address: PciAddress = "1234:00:00.0".parse().unwrap();
+        make_disk(&path, address, 2 << 20).unwrap();
+        check_disk(&path, Pattern::new(address, 0), 2 << 20).unwrap();
+        assert!(check_disk(&path, Pattern::new(address, 1), 2 << 20).is_err());
+        let mut data = fs::read(&path).unwrap();
+        data[0x10_0010] ^= 1;
+        fs::write(&path, data).unwrap();
+        let error = check_disk(&path, Pattern::new(address, 0), 2 << 20).unwrap_err();
+        fs::remove_file(&path).unwrap();
+        assert!(error.to_string().contains("0x100010"));
+    }
+}

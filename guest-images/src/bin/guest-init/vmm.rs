@@ -1,0 +1,401 @@
+//! One run of the reference VMM: started, listened to, limited in time, ended.
+
+use crate::system::put;
+use anyhow::{Context, Result, bail};
+use guest_images::report::{EVENT_PREFIX, GuestReport, REPORT_PREFIX};
+use guest_images::scenario::{Function, PciAddress, Run};
+use guest_images::verdict::json_after;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+/// Longest console line that is kept; a guest cannot make the rig hold more.
+const LINE_LIMIT: u64 = 4 << 20;
+/// How long a VMM gets to end by itself after it was asked to.
+const TERM_LIMIT: Duration = Duration::from_secs(10);
+/// Pause between looks at the child.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Where a run's files are.
+#[derive(Debug)]
+pub(crate) struct Files<'a> {
+    /// Shared directory with the VMM, kernels and initramfs files.
+    pub(crate) share: &'a Path,
+    /// Directory for disks and the VMM's report.
+    pub(crate) scratch: &'a Path,
+}
+
+impl Files<'_> {
+    /// Backing file of the disk at `address`.
+    pub(crate) fn disk(&self, address: PciAddress) -> PathBuf {
+        self.scratch
+            .join(format!("disk-{}", address.to_string().replace(':', "-")))
+    }
+
+    /// The VMM's report.
+    pub(crate) fn report(&self) -> PathBuf {
+        self.scratch.join("report.json")
+    }
+}
+
+/// What a run of the VMM gave.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// `None` when the VMM ended by itself with status 0.
+    pub(crate) failure: Option<String>,
+    /// The guest's report, or why there is none.
+    pub(crate) guest: Result<GuestReport, String>,
+    /// Wall-clock time.
+    pub(crate) took: Duration,
+}
+
+/// The VMM's command line for a run.
+fn command(run: &Run, files: &Files<'_>) -> Command {
+    let mut command = Command::new(files.share.join("vpci-vmm"));
+    command
+        .arg("run")
+        .arg("--kernel")
+        .arg(files.share.join(&run.kernel))
+        .arg("--initrd")
+        .arg(files.share.join(&run.initrd))
+        .args(["--cmdline", &run.guest_cmdline()])
+        .args(["--cpus", &run.cpus.to_string()])
+        .args(["--memory", &format!("{}M", run.memory_mib)]);
+    for function in &run.functions {
+        command.args(["--vpci", &specification(function, files)]);
+    }
+    if let Some(hyperv) = &run.hyperv {
+        command.args(["--hyperv", hyperv]);
+    }
+    command.arg("--report").arg(files.report());
+    command
+}
+
+/// The value of `--vpci` for a function.
+fn specification(function: &Function, files: &Files<'_>) -> String {
+    let place = format!("bus={},fn={}", function.bus(), function.number());
+    match function {
+        Function::Blk {
+            queues, readonly, ..
+        } => {
+            let path = files.disk(function.address());
+            let readonly = if *readonly { ",readonly=on" } else { "" };
+            format!(
+                "blk,path={},queues={queues},{place}{readonly}",
+                path.display()
+            )
+        }
+        Function::Rng { .. } => format!("rng,{place}"),
+    }
+}
+
+/// Runs the VMM to its end or to the time limit.
+pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
+    let start = Instant::now();
+    let mut command = command(run, files);
+    let mut child = command
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
+    let lines = listen(&mut child)?;
+    let mut vmm = Vmm {
+        child,
+        run,
+        files,
+        guest: None,
+        failure: None,
+    };
+    vmm.follow(&lines, start + Duration::from_secs(run.time_limit_s));
+    let failure = match vmm.reap() {
+        Ok(()) => vmm.failure,
+        Err(error) => Some(
+            vmm.failure
+                .map_or(format!("{error:#}"), |first| format!("{first}; {error:#}")),
+        ),
+    };
+    Ok(Outcome {
+        failure,
+        guest: vmm.guest.unwrap_or_else(|| Err("none was printed".into())),
+        took: start.elapsed(),
+    })
+}
+
+struct Vmm<'a> {
+    child: Child,
+    run: &'a Run,
+    files: &'a Files<'a>,
+    guest: Option<Result<GuestReport, String>>,
+    failure: Option<String>,
+}
+
+impl Vmm<'_> {
+    /// Handles console lines until the VMM closes its output or the time is over.
+    fn follow(&mut self, lines: &Receiver<String>, deadline: Instant) {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(left) {
+                Ok(line) => {
+                    if let Err(error) = self.line(&line) {
+                        self.fail(format!("{error:#}"));
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.fail(format!("not done after {} s", self.run.time_limit_s));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, what: String) {
+        crate::system::say(&format!("vpci: {what}"));
+        self.failure.get_or_insert(what);
+    }
+
+    fn line(&mut self, line: &str) -> Result<()> {
+        if let Some(report) = json_after::<GuestReport>(REPORT_PREFIX, line) {
+            if self.guest.is_some() {
+                bail!("the guest printed more than one report");
+            }
+            self.guest = Some(report.map_err(|error| format!("malformed: {error}")));
+        }
+        let Some((_, event)) = line.split_once(EVENT_PREFIX) else {
+            return Ok(());
+        };
+        match event.trim().split_once(' ') {
+            Some(("grow", address)) => self.grow(address),
+            _ => bail!("the guest asked for the unknown event {event:?}"),
+        }
+    }
+
+    /// Makes a disk grow as its guest asks.
+    fn grow(&mut self, address: &str) -> Result<()> {
+        let address: PciAddress = address.parse().map_err(anyhow::Error::msg)?;
+        let function = self
+            .run
+            .functions
+            .iter()
+            .find(|function| function.address() == address);
+        let Some(Function::Blk {
+            size_mib,
+            grow_mib: grow_mib @ 1..,
+            ..
+        }) = function
+        else {
+            bail!("the guest asked {address} to grow, which does not");
+        };
+        let size = (u64::from(*size_mib) + u64::from(*grow_mib)) << 20;
+        let path = self.files.disk(address);
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_len(size))
+            .with_context(|| path.display().to_string())?;
+        kill_process(self.pid()?, Signal::HUP).context("SIGHUP to the VMM")
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        pid.context("process id of the VMM")
+    }
+
+    /// Waits for the VMM's end, with growing force if it does not come.
+    fn reap(&mut self) -> Result<()> {
+        // Its output is closed or its time is over: it should be gone at once.
+        for signal in [None, Some(Signal::TERM), Some(Signal::KILL)] {
+            if let Some(signal) = signal {
+                // Already gone is fine.
+                let _ = kill_process_group(self.pid()?, signal);
+            }
+            let start = Instant::now();
+            let limit = if self.failure.is_some() && signal.is_none() {
+                POLL
+            } else {
+                TERM_LIMIT
+            };
+            while start.elapsed() < limit {
+                let Some(status) = self.child.try_wait().context("wait for the VMM")? else {
+                    std::thread::sleep(POLL / 10);
+                    continue;
+                };
+                return match (status.success(), signal) {
+                    (true, None) => Ok(()),
+                    (_, None) => bail!("ended with {status}"),
+                    (_, Some(_)) => bail!("had to be stopped, ended with {status}"),
+                };
+            }
+        }
+        bail!("cannot be killed")
+    }
+}
+
+/// Copies the VMM's output to the console and gives the lines of its standard output. The channel
+/// closes with the output.
+fn listen(child: &mut Child) -> Result<Receiver<String>> {
+    let stdout = child.stdout.take().context("output of the VMM")?;
+    let stderr = child.stderr.take().context("errors of the VMM")?;
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || forward(stdout, Some(&sender)));
+    std::thread::spawn(move || forward(stderr, None));
+    Ok(receiver)
+}
+
+fn forward(source: impl Read, lines: Option<&Sender<String>>) {
+    let mut source = BufReader::new(source);
+    loop {
+        let mut line = Vec::new();
+        match source
+            .by_ref()
+            .take(LINE_LIMIT)
+            .read_until(b'\n', &mut line)
+        {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        if !line.ends_with(b"\n") {
+            line.push(b'\n');
+        }
+        put(&line);
+        let Some(lines) = lines else { continue };
+        if lines
+            .send(String::from_utf8_lossy(&line).into_owned())
+            .is_err()
+        {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest_images::scenario::Mode;
+
+    fn run() -> Run {
+        Run {
+            name: "1-cpu".into(),
+            kernel: "k".into(),
+            initrd: "i".into(),
+            cmdline: String::new(),
+            cpus: 1,
+            memory_mib: 512,
+            functions: vec![
+                Function::Blk {
+                    bus: "11111111-1234-4000-8000-000000000001".parse().unwrap(),
+                    function: 0,
+                    size_mib: 64,
+                    queues: 2,
+                    readonly: true,
+                    grow_mib: 0,
+                },
+                Function::Rng {
+                    bus: "11111111-0042-4000-8000-000000000002".parse().unwrap(),
+                    function: 1,
+                },
+            ],
+            mode: Mode::Full,
+            repeat: 0,
+            hyperv: Some("user".into()),
+            time_limit_s: 60,
+        }
+    }
+
+    #[test]
+    fn the_command_line_names_every_function() {
+        let files = Files {
+            share: Path::new("/host"),
+            scratch: Path::new("/scratch"),
+        };
+        let command = command(&run(), &files);
+        let words: Vec<_> = command
+            .get_args()
+            .map(|word| word.to_string_lossy())
+            .collect();
+        let line = words.join(" ");
+        for part in [
+            "run --kernel /host/k --initrd /host/i",
+            "--cpus 1 --memory 512M",
+            "--vpci blk,path=/scratch/disk-1234-00-00.0,queues=2,\
+             bus=11111111-1234-4000-8000-000000000001,fn=0,readonly=on",
+            "--vpci rng,bus=11111111-0042-4000-8000-000000000002,fn=1",
+            "--hyperv user --report /scratch/report.json",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+    }
+
+    fn vmm_with<T>(script: &str, limit_s: u64, check: impl FnOnce(Vmm<'_>, Result<()>) -> T) -> T {
+        let (run, files) = (
+            run(),
+            Files {
+                share: Path::new("/host"),
+                scratch: Path::new("/nonexistent"),
+            },
+        );
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .process_group(0)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = listen(&mut child).unwrap();
+        let mut vmm = Vmm {
+            child,
+            run: &run,
+            files: &files,
+            guest: None,
+            failure: None,
+        };
+        vmm.follow(&lines, Instant::now() + Duration::from_secs(limit_s));
+        let end = vmm.reap();
+        check(vmm, end)
+    }
+
+    #[test]
+    fn a_clean_end_is_no_failure() {
+        vmm_with("echo hello", 20, |vmm, end| {
+            end.unwrap();
+            assert_eq!(vmm.failure, None);
+            assert!(vmm.guest.is_none());
+        });
+    }
+
+    #[test]
+    fn a_non_zero_status_is_a_failure() {
+        vmm_with("exit 3", 20, |_, end| {
+            assert!(end.unwrap_err().to_string().contains('3'));
+        });
+    }
+
+    #[test]
+    fn a_vmm_over_its_time_is_stopped() {
+        vmm_with("sleep 600", 0, |vmm, end| {
+            assert!(vmm.failure.unwrap().contains("not done"));
+            assert!(end.unwrap_err().to_string().contains("had to be stopped"));
+        });
+    }
+
+    #[test]
+    fn bad_reports_and_unknown_events_are_failures() {
+        vmm_with(
+            "echo 'x VPCI-REPORT {'; echo VPCI-EVENT dance",
+            20,
+            |vmm, _| {
+                assert!(vmm.guest.unwrap().unwrap_err().contains("malformed"));
+                assert!(vmm.failure.unwrap().contains("dance"));
+            },
+        );
+        vmm_with("echo VPCI-EVENT grow 1234:00:00.0", 20, |vmm, _| {
+            assert!(vmm.failure.unwrap().contains("does not"));
+        });
+    }
+}

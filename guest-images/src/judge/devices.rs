@@ -1,0 +1,283 @@
+//! Rules about functions and their data.
+
+#![forbid(unsafe_code)]
+
+use super::{Evidence, LATENCY_LIMIT_US, queues_used};
+use crate::report::{DiskReport, GuestReport};
+use crate::scenario::{Function, Kind, Mode, PciAddress, Run};
+use std::collections::BTreeSet;
+
+const MIB: u64 = 1 << 20;
+
+/// Each function sits where its bus GUID asks, with its drivers; and there are no others.
+pub(super) fn functions(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    for function in &run.functions {
+        let address = function.address();
+        let Some(seen) = guest.functions.iter().find(|seen| seen.address == address) else {
+            failures.push(format!("{address}: no such PCI function in the guest"));
+            continue;
+        };
+        if seen.kind != function.kind() {
+            failures.push(format!("{address}: is {}", seen.kind.as_str()));
+        }
+        if seen.driver.as_deref() != Some("virtio-pci") {
+            failures.push(format!("{address}: PCI driver is {:?}", seen.driver));
+        }
+        let (driver, vectors) = match function {
+            Function::Blk { queues, .. } => ("virtio_blk", queues_used(*queues, run.cpus) + 1),
+            Function::Rng { .. } => ("virtio_rng", 2),
+        };
+        if seen.virtio_driver.as_deref() != Some(driver) {
+            failures.push(format!(
+                "{address}: virtio driver is {:?}",
+                seen.virtio_driver
+            ));
+        }
+        if seen.msix_vectors != vectors {
+            let count = seen.msix_vectors;
+            failures.push(format!(
+                "{address}: {count} MSI-X vectors enabled, not {vectors}"
+            ));
+        }
+        let bus = function.bus().to_string();
+        if seen.vmbus_device.as_deref().map(str::to_ascii_lowercase) != Some(bus) {
+            failures.push(format!(
+                "{address}: on VMBus device {:?}",
+                seen.vmbus_device
+            ));
+        }
+    }
+    for seen in &guest.functions {
+        let expected = run
+            .functions
+            .iter()
+            .any(|function| function.address() == seen.address);
+        if seen.vmbus_device.is_some() && !expected {
+            failures.push(format!("{}: nobody asked for this function", seen.address));
+        }
+    }
+}
+
+/// Each disk held what the rig put there, and holds what the guest wrote.
+pub(super) fn disks(evidence: &Evidence<'_>, guest: &GuestReport, failures: &mut Vec<String>) {
+    let run = evidence.run;
+    for function in &run.functions {
+        let Function::Blk {
+            size_mib,
+            queues,
+            readonly,
+            ..
+        } = function
+        else {
+            continue;
+        };
+        let address = function.address();
+        let mut fail = |what: String| failures.push(format!("{address}: disk: {what}"));
+        let Some(disk) = guest.disks.iter().find(|disk| disk.address == address) else {
+            fail("not in the report".into());
+            continue;
+        };
+        let size = u64::from(*size_mib) * MIB;
+        if disk.size != size {
+            fail(format!("{} bytes, not {size}", disk.size));
+        }
+        if disk.readonly != *readonly {
+            fail(format!("read-only is {}, not {readonly}", disk.readonly));
+        }
+        let used = queues_used(*queues, run.cpus);
+        if disk.queues != used {
+            fail(format!("{} queues in use, not {used}", disk.queues));
+        }
+        data(disk, size, &mut fail);
+        if disk.max_latency_us >= LATENCY_LIMIT_US {
+            fail(format!("a request took {} us", disk.max_latency_us));
+        }
+        match evidence.disks.iter().find(|after| after.address == address) {
+            None => fail("backing file was not checked".into()),
+            Some(after) => match &after.contents {
+                Err(error) => fail(format!("backing file: {error}")),
+                Ok(checksum) if *checksum != disk.checksum => {
+                    fail(format!(
+                        "guest read checksum {}, file has {checksum}",
+                        disk.checksum
+                    ));
+                }
+                Ok(_) => {}
+            },
+        }
+    }
+}
+
+fn data(disk: &DiskReport, size: u64, fail: &mut impl FnMut(String)) {
+    if disk.initial_ok != size {
+        fail(format!(
+            "{} of {size} bytes held what was put there",
+            disk.initial_ok
+        ));
+    }
+    if !disk.readonly && disk.written != size {
+        fail(format!("{} of {size} bytes written", disk.written));
+    }
+    if !disk.readonly && !disk.flushed {
+        fail("not flushed".into());
+    }
+    if disk.verified != size {
+        fail(format!("{} of {size} bytes read back right", disk.verified));
+    }
+}
+
+/// Each entropy source gave data and its interrupt followed every move.
+pub(super) fn rngs(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    for address in addresses(run, Kind::Rng) {
+        let mut fail = |what: String| failures.push(format!("{address}: rng: {what}"));
+        let Some(rng) = guest.rngs.iter().find(|rng| rng.address == address) else {
+            fail("not in the report".into());
+            continue;
+        };
+        if rng.bytes == 0 {
+            fail("no data".into());
+        }
+        if rng.max_latency_us >= LATENCY_LIMIT_US {
+            fail(format!("a read took {} us", rng.max_latency_us));
+        }
+        let visited: BTreeSet<u32> = rng.moves.iter().map(|step| step.cpu).collect();
+        for cpu in (0..run.cpus).filter(|cpu| !visited.contains(cpu)) {
+            fail(format!("interrupt was never moved to CPU {cpu}"));
+        }
+        for (index, step) in rng.moves.iter().enumerate() {
+            if step.on_new_cpu == 0 || step.reads == 0 {
+                let (cpu, reads) = (step.cpu, step.reads);
+                fail(format!(
+                    "move {index}: no interrupt on CPU {cpu} after {reads} reads"
+                ));
+            }
+            if step.effective != Some(step.cpu) {
+                fail(format!(
+                    "move {index}: CPU {} is {:?}",
+                    step.cpu, step.effective
+                ));
+            }
+        }
+    }
+}
+
+/// Under load nothing was lost, wrong or late while interrupts moved.
+pub(super) fn loads(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    if run.mode != Mode::Full {
+        return;
+    }
+    for address in addresses(run, Kind::Blk) {
+        let mut fail = |what: String| failures.push(format!("{address}: load: {what}"));
+        let Some(load) = guest.loads.iter().find(|load| load.address == address) else {
+            fail("not in the report".into());
+            continue;
+        };
+        if load.threads < 2 || load.requests == 0 {
+            fail(format!(
+                "{} requests of {} threads",
+                load.requests, load.threads
+            ));
+        }
+        if load.bad != 0 {
+            fail(format!(
+                "{} requests failed or returned wrong data",
+                load.bad
+            ));
+        }
+        if load.max_latency_us >= LATENCY_LIMIT_US {
+            fail(format!("a request took {} us", load.max_latency_us));
+        }
+        // CPU 0 keeps the VMBus connection and stays online.
+        for cpu in (1..run.cpus).filter(|cpu| !load.cpu_cycles.contains(cpu)) {
+            fail(format!("CPU {cpu} was never offline"));
+        }
+        if load.moves == 0 && addresses(run, Kind::Rng).next().is_some() {
+            fail("no interrupt was moved".into());
+        }
+    }
+}
+
+/// Each capacity change arrived, and the new end can be used.
+pub(super) fn grows(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    for function in &run.functions {
+        let Function::Blk {
+            size_mib,
+            grow_mib: grow_mib @ 1..,
+            ..
+        } = function
+        else {
+            continue;
+        };
+        if run.mode != Mode::Full {
+            continue;
+        }
+        let address = function.address();
+        let mut fail = |what: String| failures.push(format!("{address}: growth: {what}"));
+        let Some(grow) = guest.grows.iter().find(|grow| grow.address == address) else {
+            fail("not in the report".into());
+            continue;
+        };
+        let before = u64::from(*size_mib) * MIB;
+        let added = u64::from(*grow_mib) * MIB;
+        if (grow.before, grow.after) != (before, before + added) {
+            let after = before + added;
+            fail(format!(
+                "{} to {}, not {before} to {after}",
+                grow.before, grow.after
+            ));
+        }
+        if grow.verified != added {
+            fail(format!(
+                "{} of {added} new bytes read back right",
+                grow.verified
+            ));
+        }
+    }
+}
+
+/// Each bus was unbound and bound as often as asked, and its disks kept their data.
+pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    if run.mode != Mode::Rebind {
+        return;
+    }
+    let buses: BTreeSet<String> = run
+        .functions
+        .iter()
+        .map(|function| function.bus().to_string())
+        .collect();
+    for bus in &buses {
+        let data: u64 = run
+            .functions
+            .iter()
+            .filter(|function| function.bus().to_string() == *bus)
+            .map(|function| match function {
+                Function::Blk { size_mib, .. } => u64::from(*size_mib) * MIB,
+                Function::Rng { .. } => 0,
+            })
+            .sum();
+        for cycle in 1..=run.repeat {
+            let mut fail = |what: String| failures.push(format!("{bus}: rebind {cycle}: {what}"));
+            let seen = guest
+                .rebinds
+                .iter()
+                .find(|seen| seen.cycle == cycle && seen.vmbus_device.eq_ignore_ascii_case(bus));
+            match seen {
+                None => fail("not in the report".into()),
+                Some(seen) if !seen.gone => fail("functions stayed after unbind".into()),
+                Some(seen) if !seen.back => fail("functions did not come back".into()),
+                Some(seen) if seen.verified != data => {
+                    fail(format!("{} of {data} bytes right", seen.verified));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+}
+
+/// Addresses of all functions of a kind.
+pub(super) fn addresses(run: &Run, kind: Kind) -> impl Iterator<Item = PciAddress> {
+    run.functions
+        .iter()
+        .filter(move |function| function.kind() == kind)
+        .map(Function::address)
+}
