@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 /// Folder of an initramfs that holds the packed modules.
-pub const MODULE_DIR: &str = "/modules";
+pub const MODULE_DIR: &str = "/lib/modules";
 
 /// File of an initramfs that lists the packed modules: one absolute path a line, in an order in
 /// which every module comes after those it depends on.
-pub const MODULE_LIST: &str = "/modules/list";
+pub const MODULE_LIST: &str = "/lib/modules.list";
 
 /// Errors of finding and ordering modules.
 #[derive(Debug, Error)]

@@ -6,6 +6,9 @@
 
 use crate::command;
 use crate::failure::Failure;
+use crate::rig;
+use crate::rig::Limits;
+use crate::rig::scenarios;
 use crate::workspace::cargo;
 use anyhow::Result;
 use anyhow::bail;
@@ -18,8 +21,9 @@ use std::time::Instant;
 pub(crate) struct Options {
     /// Run every rig scenario, not only those that each change must pass.
     #[arg(long)]
-    #[allow(dead_code)]
     full: bool,
+    #[command(flatten)]
+    limits: Limits,
 }
 
 /// Crates, by prefix of their names, that the portable core must not depend on.
@@ -32,19 +36,41 @@ const NOT_PORTABLE: &[&str] = &[
     "event-manager",
 ];
 
-type Part = (&'static str, fn(&Options) -> Result<()>);
+type FixedPart = fn() -> Result<()>;
 
-const PARTS: &[Part] = &[
-    ("formatting", formatting),
-    ("clippy", clippy),
-    ("clippy, portable core", clippy_portable),
-    ("documentation", documentation),
-    ("tests", tests),
-    ("portable core", portable_core),
-];
+/// One part: its name in the table, and what it does.
+type Part<'a> = (String, Box<dyn Fn() -> Result<()> + 'a>);
+
+fn parts(options: &Options) -> Vec<Part<'_>> {
+    let fixed: [(&str, FixedPart); 8] = [
+        ("host packages", rig::install_packages),
+        ("formatting", formatting),
+        ("clippy", clippy),
+        ("clippy, portable core", clippy_portable),
+        ("documentation", documentation),
+        ("tests", tests),
+        ("portable core", portable_core),
+        ("kernels and images", rig::prepare_all),
+    ];
+    let mut parts: Vec<Part<'_>> = Vec::new();
+    for (name, part) in fixed {
+        parts.push((name.into(), Box::new(part)));
+    }
+    let limits = options.limits;
+    let check = move || rig::check_host(limits);
+    parts.push(("rig: KVM in L1".into(), Box::new(check)));
+    for entry in scenarios::all() {
+        if entry.required || options.full {
+            let name = entry.scenario.name;
+            let title = format!("rig: {name}");
+            parts.push((title, Box::new(move || rig::run_one(&name, limits))));
+        }
+    }
+    parts
+}
 
 struct Outcome {
-    name: &'static str,
+    name: String,
     error: Option<anyhow::Error>,
     time: Duration,
 }
@@ -53,10 +79,10 @@ struct Outcome {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     let mut outcomes = Vec::new();
-    for (name, part) in PARTS {
+    for (name, part) in parts(options) {
         println!("== {name}");
         let begin = Instant::now();
-        let error = part(options).err();
+        let error = part().err();
         if let Some(error) = &error {
             println!("== {name}: FAILED: {error:#}");
         }
@@ -93,11 +119,11 @@ fn table(outcomes: &[Outcome], total: Duration) -> String {
     text
 }
 
-fn formatting(_: &Options) -> Result<()> {
+fn formatting() -> Result<()> {
     command::run(cargo().args(["fmt", "--all", "--check"]))
 }
 
-fn clippy(_: &Options) -> Result<()> {
+fn clippy() -> Result<()> {
     command::run(
         cargo()
             .args(["clippy", "--workspace", "--all-targets"])
@@ -105,7 +131,7 @@ fn clippy(_: &Options) -> Result<()> {
     )
 }
 
-fn clippy_portable(_: &Options) -> Result<()> {
+fn clippy_portable() -> Result<()> {
     command::run(
         cargo()
             .args([
@@ -119,7 +145,7 @@ fn clippy_portable(_: &Options) -> Result<()> {
     )
 }
 
-fn documentation(_: &Options) -> Result<()> {
+fn documentation() -> Result<()> {
     command::run(
         cargo()
             .args(["doc", "--workspace", "--no-deps"])
@@ -139,7 +165,7 @@ fn required_beds() -> &'static str {
     }
 }
 
-fn tests(_: &Options) -> Result<()> {
+fn tests() -> Result<()> {
     command::run(
         cargo()
             .args(["test", "--workspace"])
@@ -147,7 +173,7 @@ fn tests(_: &Options) -> Result<()> {
     )
 }
 
-fn portable_core(_: &Options) -> Result<()> {
+fn portable_core() -> Result<()> {
     let core = ["-p", "vm-vpci", "--no-default-features"];
     command::run(cargo().arg("build").args(core))?;
     let tree = command::output(
@@ -193,8 +219,8 @@ mod tests {
 
     #[test]
     fn the_table_counts_what_failed() {
-        let part = |name, error: Option<&str>| Outcome {
-            name,
+        let part = |name: &str, error: Option<&str>| Outcome {
+            name: name.into(),
             error: error.map(|text| anyhow::anyhow!("{text}")),
             time: Duration::from_millis(1500),
         };

@@ -4,6 +4,7 @@
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::process::Stdio;
 
@@ -24,6 +25,13 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("`{}` ended with {status}", display(command));
     }
     Ok(())
+}
+
+/// Runs `command` with all its output on this program's standard error, because standard output
+/// is for results; an error unless it exits with 0.
+pub(crate) fn run_on_stderr(command: &mut Command) -> Result<()> {
+    let stderr = std::io::stderr().as_fd().try_clone_to_owned()?;
+    run(command.stdout(stderr))
 }
 
 /// Runs `command` and returns its standard output; an error, with what it wrote to standard

@@ -7,11 +7,16 @@
 //! needs and cannot get by itself.
 #![forbid(unsafe_code)]
 
+mod apt;
+mod binaries;
+mod cache;
 mod ci;
 mod command;
-#[allow(dead_code)]
+mod deb;
 mod failure;
-#[allow(dead_code)]
+mod images;
+mod kernel;
+mod rig;
 mod workspace;
 
 use clap::Parser;
@@ -30,12 +35,21 @@ struct Cli {
 enum Task {
     /// Run everything that must hold before a change lands.
     Ci(ci::Options),
+    /// Fetch the guest kernels from Debian and pack their initramfs archives.
+    Images,
+    /// Run test scenarios: guests of the reference VMM on the KVM of an emulated host.
+    Rig(rig::Options),
+    /// Remove everything from the cache of downloads, kernels and images.
+    CleanCache,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.task {
         Task::Ci(options) => ci::run(&options),
+        Task::Images => images::run(),
+        Task::Rig(options) => rig::run(&options),
+        Task::CleanCache => cache::clean(),
     };
     failure::exit_code(result)
 }

@@ -1,0 +1,263 @@
+//! Debian packages: installed on this machine, or fetched without touching its configuration.
+#![forbid(unsafe_code)]
+
+use crate::cache::Cache;
+use crate::cache::Kind;
+use crate::command;
+use crate::deb;
+use crate::deb::Package;
+use crate::failure::Failure;
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// Archive that packages come from; `VPCI_DEBIAN_MIRROR` names another.
+const MIRROR: &str = "http://deb.debian.org/debian";
+const MIRROR_VARIABLE: &str = "VPCI_DEBIAN_MIRROR";
+
+/// Keys that sign Debian's archive, from package debian-archive-keyring.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Age at which an index is fetched again.
+const INDEX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Installs the host packages that are not there yet, after saying so.
+///
+/// Without the right to install: [`Failure::Lacking`] with the command to run.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    let missing: Vec<_> = packages
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(package))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let arguments = ["install", "--yes", "--no-install-recommends"];
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::Lacking(format!(
+            "not installed: {}; run: sudo apt-get {} {}",
+            missing.join(", "),
+            arguments.join(" "),
+            missing.join(" ")
+        ))
+        .into());
+    }
+    require_apt()?;
+    eprintln!("installing from Debian: {}", missing.join(" "));
+    let install = || {
+        let mut command = Command::new("apt-get");
+        command.args(arguments).args(&missing);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command::run_on_stderr(&mut command)
+    };
+    if install().is_ok() {
+        return Ok(());
+    }
+    // The machine's index may be missing or stale. Some of its sources failing is no reason to
+    // stop: what counts is whether the packages can be had then.
+    eprintln!("fetching the package index first");
+    let _ = command::run_on_stderr(Command::new("apt-get").arg("update"));
+    install().map_err(|error| Failure::Lacking(format!("{error:#}")).into())
+}
+
+fn is_installed(package: &str) -> bool {
+    let status = command::output(Command::new("dpkg-query").args([
+        "--show",
+        "--showformat",
+        "${Status}",
+        package,
+    ]));
+    status.is_ok_and(|status| status == "install ok installed")
+}
+
+fn require_apt() -> Result<()> {
+    if command::output(Command::new("apt-get").arg("--version")).is_err() {
+        let text = "no apt-get: packages can only be fetched on a Debian system";
+        return Err(Failure::Lacking(text.into()).into());
+    }
+    Ok(())
+}
+
+/// One suite of the archive, with package-manager state of its own in the cache: neither the
+/// machine's sources nor its index are read or changed. Its other settings, such as a proxy, hold.
+#[derive(Debug)]
+pub(crate) struct Suite<'a> {
+    cache: &'a Cache,
+    name: &'static str,
+    folder: PathBuf,
+}
+
+impl<'a> Suite<'a> {
+    /// The suite `name`, with an index not older than a day. Where the index cannot be fetched an
+    /// older one will do, with a warning.
+    pub(crate) fn open(cache: &'a Cache, name: &'static str) -> Result<Self> {
+        require_apt()?;
+        if !Path::new(KEYRING).exists() {
+            let text = format!("no {KEYRING}: install package debian-archive-keyring");
+            return Err(Failure::Lacking(text).into());
+        }
+        let suite = Self {
+            cache,
+            name,
+            folder: cache.folder(Kind::Apt)?.join(name),
+        };
+        let _lock = cache.lock(&format!("apt-{name}"))?;
+        suite.write_configuration()?;
+        if suite.index_is_stale() {
+            suite.update()?;
+        }
+        Ok(suite)
+    }
+
+    fn write_configuration(&self) -> Result<()> {
+        for folder in [
+            "state/lists/partial",
+            "cache/archives/partial",
+            "preferences.d",
+        ] {
+            fs::create_dir_all(self.folder.join(folder))?;
+        }
+        fs::write(self.folder.join("status"), "")?;
+        let mirror = std::env::var(MIRROR_VARIABLE).unwrap_or_else(|_| MIRROR.into());
+        let source = format!("deb [signed-by={KEYRING}] {mirror} {} main\n", self.name);
+        let list = self.folder.join("sources.list");
+        if fs::read_to_string(&list).is_ok_and(|old| old == source) {
+            return Ok(());
+        }
+        // Another source: the old index says nothing about it.
+        let _ = fs::remove_file(self.stamp());
+        fs::write(list, source)?;
+        Ok(())
+    }
+
+    fn stamp(&self) -> PathBuf {
+        self.folder.join("updated")
+    }
+
+    fn index_is_stale(&self) -> bool {
+        let modified = fs::metadata(self.stamp()).and_then(|data| data.modified());
+        let age = modified.map(|time| time.elapsed().unwrap_or(Duration::ZERO));
+        !age.is_ok_and(|age| age < INDEX_AGE)
+    }
+
+    /// Fetches the index again, however old it is.
+    pub(crate) fn refresh(&self) -> Result<()> {
+        let _lock = self.cache.lock(&format!("apt-{}", self.name))?;
+        self.update()
+    }
+
+    fn update(&self) -> Result<()> {
+        eprintln!("fetching the index of {}", self.name);
+        let mut command = self.apt("apt-get");
+        command.args(["update", "--error-on=any"]);
+        match command::run_on_stderr(&mut command) {
+            Ok(()) => Ok(fs::write(self.stamp(), "")?),
+            Err(error) if self.stamp().exists() => {
+                eprintln!("warning: going on with an older index: {error:#}");
+                Ok(())
+            }
+            Err(error) => {
+                let text = format!(
+                    "no index of {}: {error:#} ({MIRROR_VARIABLE} names another mirror)",
+                    self.name
+                );
+                Err(Failure::Lacking(text).into())
+            }
+        }
+    }
+
+    fn apt(&self, program: &str) -> Command {
+        let folder = |name: &str| self.folder.join(name).display().to_string();
+        let mut command = Command::new(program);
+        for (key, value) in [
+            ("Dir::State", folder("state")),
+            ("Dir::State::status", folder("status")),
+            ("Dir::Cache", folder("cache")),
+            ("Dir::Etc::sourcelist", folder("sources.list")),
+            ("Dir::Etc::sourceparts", "-".into()),
+            ("Dir::Etc::preferences", folder("preferences")),
+            ("Dir::Etc::preferencesparts", folder("preferences.d")),
+            ("APT::Architecture", "amd64".into()),
+            ("APT::Architectures", "amd64".into()),
+            ("APT::Sandbox::User", "root".into()),
+            ("Acquire::Languages", "none".into()),
+            (
+                "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled",
+                "false".into(),
+            ),
+            ("Acquire::Retries", "3".into()),
+        ] {
+            command.arg("-o").arg(format!("{key}={value}"));
+        }
+        command
+    }
+
+    /// Every version of package `name` in this suite; none when there is no such package.
+    pub(crate) fn versions(&self, name: &str) -> Result<Vec<Package>> {
+        let mut command = self.apt("apt-cache");
+        command.args(["show", "--all-versions", name]);
+        // apt-cache fails for an unknown package as it does for a broken index; the index was
+        // checked when it was fetched.
+        let Ok(text) = command::output(&mut command) else {
+            return Ok(Vec::new());
+        };
+        let packages = deb::parse_packages(&text)
+            .with_context(|| format!("index of {}: package {name}", self.name))?;
+        Ok(packages
+            .into_iter()
+            .filter(|package| package.name == name)
+            .collect())
+    }
+
+    /// The newest version of package `name` in this suite that `accept` takes.
+    pub(crate) fn newest(
+        &self,
+        name: &str,
+        accept: impl Fn(&Package) -> bool,
+    ) -> Result<Option<Package>> {
+        let versions = self.versions(name)?.into_iter().filter(accept);
+        Ok(versions.max_by(|a, b| deb::compare_versions(&a.version, &b.version)))
+    }
+
+    /// The package's file, from the cache or downloaded and verified by apt.
+    pub(crate) fn download(&self, package: &Package) -> Result<PathBuf> {
+        let entry = self.cache.entry(Kind::Packages, &package.sha256, |folder| {
+            let megabytes = package.size as f64 / 1e6;
+            eprintln!(
+                "downloading {} {} ({megabytes:.1} MB)",
+                package.name, package.version
+            );
+            let mut command = self.apt("apt-get");
+            command.arg("download").current_dir(folder);
+            command.arg(format!("{}={}", package.name, package.version));
+            command::run_on_stderr(&mut command)
+        });
+        let entry = entry.with_context(|| format!("package {} of {}", package.name, self.name))?;
+        for file in fs::read_dir(&entry)? {
+            let path = file?.path();
+            if path.extension().is_some_and(|extension| extension == "deb") {
+                return Ok(path);
+            }
+        }
+        bail!(
+            "{} holds no package; run `cargo xtask clean-cache`",
+            entry.display()
+        )
+    }
+}
+
+/// Unpacks a package's files into `folder`.
+pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
+    command::run_on_stderr(
+        Command::new("dpkg-deb")
+            .arg("--extract")
+            .arg(package)
+            .arg(folder),
+    )
+}

@@ -1,0 +1,283 @@
+//! The machine of the rig: QEMU without hardware acceleration, with SVM, so that its Linux (L1)
+//! has a complete KVM of its own (`docs/spec/vfio-rig.md`, sections 1 and 4).
+#![forbid(unsafe_code)]
+
+use crate::command;
+use crate::images::Image;
+use anyhow::Context;
+use anyhow::Result;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::kill_process_group;
+use std::fs::File;
+use std::io::BufRead;
+use std::io::BufReader;
+use std::io::Read;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
+use std::time::Instant;
+
+/// Packages of this machine that the rig needs.
+pub(crate) const PACKAGES: &[&str] = &["qemu-system-x86"];
+
+/// Longest console line that is looked at in one piece; longer ones come in several.
+const LINE_MAX: u64 = 4 << 20;
+
+/// What a machine starts with.
+#[derive(Debug)]
+pub(crate) struct Setup<'a> {
+    pub(crate) image: &'a Image,
+    /// Kernel command line.
+    pub(crate) cmdline: &'a str,
+    /// Folder that L1 can mount, read-only, by 9p with the tag `host`.
+    pub(crate) share: &'a Path,
+    /// Folder for `serial.log` and `qemu.log`.
+    pub(crate) logs: &'a Path,
+    /// Whether the console is copied to standard error.
+    pub(crate) echo: bool,
+}
+
+/// A running machine. Dropping it ends it, with everything it started.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    child: Child,
+    lines: Receiver<String>,
+    start: Instant,
+}
+
+/// Why [`Machine::watch`] stopped.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum End<T> {
+    /// A console line was what the caller waited for.
+    Found(T),
+    /// The machine ended before.
+    Ended,
+    /// The time limit came before.
+    TimedOut,
+    /// The user, or whatever started this program, wants it to end.
+    Interrupted,
+}
+
+impl Machine {
+    pub(crate) fn start(setup: &Setup<'_>) -> Result<Self> {
+        let mut command = qemu(setup);
+        let log = setup.logs.join("qemu.log");
+        let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .process_group(0);
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start `{}`", command::display(&command)))?;
+        let console = child.stdout.take().context("no console")?;
+        let serial = File::create(setup.logs.join("serial.log"))?;
+        let (sender, lines) = mpsc::channel();
+        let echo = setup.echo;
+        std::thread::spawn(move || read_console(console, serial, echo, &sender));
+        Ok(Self {
+            child,
+            lines,
+            start: Instant::now(),
+        })
+    }
+
+    /// Time since the start.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Hands console lines to `look` until it returns something, the machine ends, `limit` after
+    /// the machine's start has come, or `interrupted` is set. `None` instead of a line says that
+    /// a moment passed without one.
+    pub(crate) fn watch<T>(
+        &self,
+        limit: Duration,
+        interrupted: &AtomicBool,
+        mut look: impl FnMut(Option<&str>) -> Option<T>,
+    ) -> End<T> {
+        loop {
+            if interrupted.load(Ordering::Relaxed) {
+                return End::Interrupted;
+            }
+            if self.elapsed() >= limit {
+                return End::TimedOut;
+            }
+            let line = match self.lines.recv_timeout(Duration::from_millis(250)) {
+                Ok(line) => Some(line),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return End::Ended,
+            };
+            if let Some(found) = look(line.as_deref()) {
+                return End::Found(found);
+            }
+        }
+    }
+
+    /// Waits for the machine to power off by itself, at most `limit`.
+    pub(crate) fn wait(&mut self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        false
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // A child that was waited for is gone, and its number may be somebody else's.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+            if let Some(group) = group {
+                // It may have ended in this moment.
+                let _ = kill_process_group(group, Signal::KILL);
+            }
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Set when the program is asked to end: by Ctrl-C, a closed terminal or a termination request.
+pub(crate) fn interruption() -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::SIGHUP;
+    use signal_hook::consts::SIGINT;
+    use signal_hook::consts::SIGTERM;
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(flag)
+}
+
+fn qemu(setup: &Setup<'_>) -> Command {
+    // setpriv: should this program be killed, the kernel ends QEMU as well.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    command.args("-accel tcg -machine q35 -cpu EPYC,+svm,+npt -smp 2 -m 3072".split(' '));
+    command.args("-nodefaults -display none -serial stdio -no-reboot".split(' '));
+    command.arg("-kernel").arg(&setup.image.kernel);
+    command.arg("-initrd").arg(&setup.image.initrd);
+    command.arg("-append").arg(setup.cmdline);
+    let share = setup.share.display().to_string().replace(',', ",,");
+    command.arg("-virtfs").arg(format!(
+        "local,path={share},mount_tag=host,security_model=none,readonly=on,multidevs=remap"
+    ));
+    command
+}
+
+/// Copies the console to `log` and, line by line, to `lines` until it ends.
+fn read_console(console: impl Read, mut log: impl Write, echo: bool, lines: &mpsc::Sender<String>) {
+    let mut console = BufReader::new(console);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match console.by_ref().take(LINE_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        // The log helps whoever looks into a failure; the run does not depend on it.
+        let _ = log.write_all(&line);
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end_matches(['\r', '\n']);
+        if echo {
+            eprintln!("{text}");
+        }
+        if lines.send(text.to_string()).is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine that is a shell script.
+    fn machine(script: &str) -> Machine {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdin(Stdio::null());
+        let mut child = command
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let console = child.stdout.take().unwrap();
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || read_console(console, Vec::new(), false, &sender));
+        Machine {
+            child,
+            lines,
+            start: Instant::now(),
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn watching_ends_with_what_is_looked_for() {
+        let machine = machine("echo one; echo two; sleep 60");
+        let end = machine.watch(LONG, &AtomicBool::new(false), |line| {
+            line.filter(|line| *line == "two").map(String::from)
+        });
+        assert_eq!(end, End::Found("two".into()));
+    }
+
+    #[test]
+    fn watching_ends_with_the_machine_the_limit_or_an_interruption() {
+        let never = |_: Option<&str>| None::<()>;
+        let no = AtomicBool::new(false);
+        assert_eq!(machine("echo last").watch(LONG, &no, never), End::Ended);
+        let limit = Duration::from_millis(300);
+        assert_eq!(machine("sleep 60").watch(limit, &no, never), End::TimedOut);
+        let yes = AtomicBool::new(true);
+        assert_eq!(
+            machine("sleep 60").watch(LONG, &yes, never),
+            End::Interrupted
+        );
+    }
+
+    #[test]
+    fn a_dropped_machine_leaves_no_process_behind() {
+        let machine = machine("sleep 1000 & echo $!; wait");
+        let child = machine.watch(LONG, &AtomicBool::new(false), |line| line.map(String::from));
+        let End::Found(child) = child else {
+            panic!("no process number")
+        };
+        let started = format!("/proc/{child}/stat");
+        assert!(Path::new(&started).exists());
+        drop(machine);
+        // The killed process may be a zombie until its new parent has waited for it.
+        let gone = |_| {
+            std::thread::sleep(Duration::from_millis(20));
+            std::fs::read_to_string(&started).map_or(true, |stat| stat.contains(") Z "))
+        };
+        assert!((0..100).any(gone), "still running");
+    }
+
+    #[test]
+    fn the_console_is_logged_as_it_is_and_read_by_lines() {
+        let (sender, lines) = mpsc::channel();
+        let mut log = Vec::new();
+        read_console(&b"a\r\n\xff b\nno end"[..], &mut log, false, &sender);
+        drop(sender);
+        assert_eq!(log, b"a\r\n\xff b\nno end");
+        let lines: Vec<_> = lines.iter().collect();
+        assert_eq!(lines, ["a", "\u{fffd} b", "no end"]);
+    }
+}

@@ -1,0 +1,394 @@
+//! The nested test rig: scenarios in which a Debian kernel under QEMU (L1) runs the reference VMM,
+//! whose guests (L2) are other unmodified Debian kernels.
+//!
+//! Everything of a scenario is below `target/rig/NAME`: the folder shared with L1, `serial.log`
+//! with both kernels' consoles, and `qemu.log`.
+#![forbid(unsafe_code)]
+
+mod machine;
+mod outcome;
+pub(crate) mod scenarios;
+mod shell;
+
+use crate::apt;
+use crate::binaries;
+use crate::binaries::Binaries;
+use crate::cache::Cache;
+use crate::failure::Failure;
+use crate::images;
+use crate::images::Image;
+use crate::images::Init;
+use crate::kernel;
+use crate::kernel::FAMILIES;
+use crate::kernel::Kernel;
+use crate::kernel::Role;
+use crate::workspace;
+use anyhow::Context;
+use anyhow::Result;
+use guest_images::scenario::Scenario;
+use guest_images::verdict::Verdict;
+use machine::End;
+use machine::Machine;
+use machine::Setup;
+use outcome::Outcome;
+use std::fs;
+use std::fs::File;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// Time that L1 gets to boot, on top of a scenario's own limit.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// Time that L1 gets to power off after its verdict.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+/// A sign of life is printed after this much time without progress.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
+/// Kernel command line of L1.
+const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 vpci.role=rig";
+
+/// Options of `cargo xtask rig`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Scenarios to run, in this order.
+    #[arg(value_name = "SCENARIO")]
+    scenarios: Vec<String>,
+    /// Run all scenarios.
+    #[arg(long, conflicts_with = "scenarios")]
+    all: bool,
+    /// List the scenarios.
+    #[arg(long, conflicts_with_all = ["scenarios", "all"])]
+    list: bool,
+    /// Print the results as one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Show the serial console.
+    #[arg(long, short)]
+    verbose: bool,
+    /// Run CMD in L1 with busybox' shell instead of a scenario, and print its output. L1 has
+    /// /dev/kvm, and in /host the static vpci-vmm with FAMILY.vmlinuz and FAMILY.initramfs of
+    /// every kernel family.
+    #[arg(long, value_name = "CMD", conflicts_with_all = ["scenarios", "all", "list", "json"])]
+    shell_command: Option<String>,
+    /// A file that --shell-command finds in /host; may be given several times.
+    #[arg(long, value_name = "FILE", requires = "shell_command")]
+    file: Vec<PathBuf>,
+    #[command(flatten)]
+    limits: Limits,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct Limits {
+    /// Factor for every time limit, for slow or busy machines.
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        env = "VPCI_RIG_TIMEOUT_SCALE",
+        default_value_t = 1.0,
+        value_parser = factor
+    )]
+    timeout_scale: f64,
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if (0.1..=100.0).contains(&factor) => Ok(factor),
+        _ => Err("not a number from 0.1 to 100".into()),
+    }
+}
+
+/// Runs what the options ask for.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.list {
+        print!("{}", list());
+        return Ok(());
+    }
+    let scale = options.limits.timeout_scale;
+    if let Some(command) = &options.shell_command {
+        let families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
+        let prepared = Prepared::new(&families)?;
+        return shell::run(&prepared, command, &options.file, scale);
+    }
+    let selected = if options.all {
+        scenarios::all()
+            .into_iter()
+            .map(|entry| entry.scenario)
+            .collect()
+    } else {
+        scenarios::select(&options.scenarios)?
+    };
+    if selected.is_empty() {
+        eprint!("{}", list());
+        return Err(Failure::Usage("no scenario given".into()).into());
+    }
+    let prepared = Prepared::for_scenarios(&selected)?;
+    let interrupted = machine::interruption()?;
+    let watch = Watch {
+        scale,
+        echo: options.verbose,
+        interrupted: &interrupted,
+    };
+    let mut outcomes = Vec::new();
+    for scenario in &selected {
+        let outcome = prepared.run(scenario, &watch)?;
+        let stop = outcome.interrupted;
+        outcomes.push(outcome);
+        if stop {
+            break;
+        }
+    }
+    if options.json {
+        println!("{}", outcome::json(&outcomes)?);
+    } else {
+        print!("{}", outcome::table(&outcomes));
+    }
+    let failed = outcomes.iter().filter(|outcome| !outcome.pass).count();
+    if failed > 0 {
+        let text = format!("{failed} of {} scenarios failed", outcomes.len());
+        return Err(Failure::Failed(text).into());
+    }
+    Ok(())
+}
+
+fn list() -> String {
+    let entries = scenarios::all().into_iter();
+    let line = |entry: scenarios::Entry| {
+        format!(
+            "{:<12}{}\n",
+            entry.scenario.name, entry.scenario.description
+        )
+    };
+    entries.map(line).collect()
+}
+
+/// Runs one scenario for continuous integration; prints its table.
+pub(crate) fn run_one(name: &str, limits: Limits) -> Result<()> {
+    let selected = scenarios::select(&[name.to_string()])?;
+    let prepared = Prepared::for_scenarios(&selected)?;
+    let watch = Watch {
+        scale: limits.timeout_scale,
+        echo: false,
+        // Ctrl-C then ends this program, and with it the machine.
+        interrupted: &AtomicBool::new(false),
+    };
+    for scenario in &selected {
+        let outcome = prepared.run(scenario, &watch)?;
+        print!("{}", outcome::table(std::slice::from_ref(&outcome)));
+        if !outcome.pass {
+            return Err(Failure::Failed(format!("scenario {name} failed")).into());
+        }
+    }
+    Ok(())
+}
+
+/// Installs, builds and fetches everything that the scenarios need.
+pub(crate) fn prepare_all() -> Result<()> {
+    let families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
+    Prepared::new(&families).map(drop)
+}
+
+/// Installs what the rig needs of this machine.
+pub(crate) fn install_packages() -> Result<()> {
+    apt::install(machine::PACKAGES)
+}
+
+/// Boots L1 and looks whether it has a KVM.
+pub(crate) fn check_host(limits: Limits) -> Result<()> {
+    let prepared = Prepared::new(&[])?;
+    let command = "test -c /dev/kvm && cat /sys/module/kvm_amd/parameters/npt";
+    shell::run(&prepared, command, &[], limits.timeout_scale)
+}
+
+/// How a scenario is watched.
+struct Watch<'a> {
+    scale: f64,
+    echo: bool,
+    interrupted: &'a AtomicBool,
+}
+
+/// What scenarios share: static binaries, and kernels with their archives.
+struct Prepared {
+    cache: Cache,
+    binaries: Binaries,
+    rig: Kernel,
+    guests: Vec<(&'static str, Image)>,
+}
+
+/// A scenario's folder, this program's alone.
+struct WorkFolder {
+    folder: PathBuf,
+    _lock: File,
+}
+
+impl Prepared {
+    fn for_scenarios(scenarios: &[Scenario]) -> Result<Self> {
+        let mut names: Vec<_> = scenarios.iter().flat_map(scenarios::families).collect();
+        names.sort_unstable();
+        names.dedup();
+        Self::new(&names)
+    }
+
+    fn new(families: &[&str]) -> Result<Self> {
+        install_packages()?;
+        let cache = Cache::open()?;
+        let binaries = binaries::build()?;
+        let rig = kernel::fetch(&cache, &FAMILIES[0])?;
+        let mut guests = Vec::new();
+        for name in families {
+            let family = kernel::family(name)?;
+            let kernel = kernel::fetch(&cache, family)?;
+            eprintln!("{name}: kernel {}", kernel.release);
+            let init = Init::Program(&binaries.init);
+            let image = images::pack(&cache, &kernel, Role::Guest, init)?;
+            guests.push((family.name, image));
+        }
+        Ok(Self {
+            cache,
+            binaries,
+            rig,
+            guests,
+        })
+    }
+
+    fn work_folder(&self, name: &str) -> Result<WorkFolder> {
+        let parent = workspace::target().join("rig");
+        fs::create_dir_all(&parent)?;
+        let lock = File::create(parent.join(format!("{name}.lock")))?;
+        if lock.try_lock().is_err() {
+            eprintln!("{name}: waiting for another run of it");
+            lock.lock()?;
+        }
+        let folder = parent.join(name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)
+                .with_context(|| format!("cannot remove {}", folder.display()))?;
+        }
+        fs::create_dir(&folder)?;
+        Ok(WorkFolder {
+            folder,
+            _lock: lock,
+        })
+    }
+
+    /// Makes the folder that L1 mounts.
+    fn fill_share(&self, share: &Path) -> Result<()> {
+        fs::create_dir(share)?;
+        fs::copy(&self.binaries.vmm, share.join("vpci-vmm"))?;
+        for (family, image) in &self.guests {
+            link(&image.kernel, &share.join(scenarios::kernel_file(family)))?;
+            link(&image.initrd, &share.join(scenarios::initrd_file(family)))?;
+        }
+        Ok(())
+    }
+
+    fn run(&self, scenario: &Scenario, watch: &Watch<'_>) -> Result<Outcome> {
+        let mut scenario = scenario.clone();
+        scenarios::scale(&mut scenario, watch.scale);
+        let work = self.work_folder(&scenario.name)?;
+        let share = work.folder.join("share");
+        self.fill_share(&share)?;
+        let json = serde_json::to_vec_pretty(&scenario)?;
+        fs::write(share.join("scenario.json"), json)?;
+        let init = Init::Program(&self.binaries.init);
+        let image = images::pack(&self.cache, &self.rig, Role::Rig, init)?;
+        let name = &scenario.name;
+        eprintln!("{name}: booting L1 ({})", self.rig.release);
+        let mut machine = Machine::start(&Setup {
+            image: &image,
+            cmdline: CMDLINE,
+            share: &share,
+            logs: &work.folder,
+            echo: watch.echo,
+        })?;
+        let own_limit = Duration::from_secs(scenario.time_limit_s);
+        let limit = BOOT_LIMIT.mul_f64(watch.scale) + own_limit;
+        let mut progress = Progress::new(name, watch.echo);
+        let end = machine.watch(limit, watch.interrupted, |line| {
+            progress.look(machine.elapsed(), line);
+            line.and_then(Verdict::from_line)
+        });
+        if matches!(end, End::Found(_)) {
+            machine.wait(POWER_OFF_LIMIT);
+        }
+        let seconds = machine.elapsed().as_secs_f64();
+        drop(machine);
+        let log = work.folder.join("serial.log");
+        Ok(Outcome::new(&scenario, end, seconds, &log))
+    }
+}
+
+/// Puts `source` at `destination`: the same file where possible, else a copy.
+fn link(source: &Path, destination: &Path) -> Result<()> {
+    if fs::hard_link(source, destination).is_err() {
+        fs::copy(source, destination)
+            .with_context(|| format!("cannot copy {}", source.display()))?;
+    }
+    Ok(())
+}
+
+/// Prints the steps that both kernels' inits report on the console, and signs of life between.
+struct Progress<'a> {
+    name: &'a str,
+    echo: bool,
+    last: Duration,
+}
+
+impl<'a> Progress<'a> {
+    fn new(name: &'a str, echo: bool) -> Self {
+        Self {
+            name,
+            echo,
+            last: Duration::ZERO,
+        }
+    }
+
+    fn look(&mut self, elapsed: Duration, line: Option<&str>) {
+        if self.echo {
+            return;
+        }
+        let step = line.filter(|line| is_step(line));
+        if step.is_some() || elapsed >= self.last + SIGN_OF_LIFE {
+            self.last = elapsed;
+            let seconds = elapsed.as_secs_f64();
+            eprintln!("{}: {seconds:6.1} s: {}", self.name, step.unwrap_or("..."));
+        }
+    }
+}
+
+fn is_step(line: &str) -> bool {
+    ["vpci: ", "VPCI-EVENT ", "VPCI-FAIL "]
+        .iter()
+        .any(|prefix| line.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_names_every_scenario() {
+        let list = list();
+        for entry in scenarios::all() {
+            assert!(list.contains(&entry.scenario.name));
+        }
+        assert_eq!(list.lines().count(), scenarios::all().len());
+    }
+
+    #[test]
+    fn factors_are_positive_numbers_of_a_sensible_size() {
+        assert_eq!(factor("2.5"), Ok(2.5));
+        for text in ["0", "-1", "nan", "inf", "1e9", "", "x"] {
+            assert!(factor(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn steps_are_told_from_other_console_lines() {
+        assert!(is_step("vpci: 3.1 s: run 1-cpu"));
+        assert!(is_step("VPCI-FAIL no modules"));
+        assert!(!is_step("VPCI-REPORT {}"));
+        assert!(!is_step("[    0.000000] Linux version"));
+    }
+}

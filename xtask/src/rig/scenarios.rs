@@ -1,0 +1,270 @@
+//! The rig's scenarios, as data.
+#![forbid(unsafe_code)]
+
+use crate::failure::Failure;
+use guest_images::scenario::Function;
+use guest_images::scenario::Mode;
+use guest_images::scenario::Run;
+use guest_images::scenario::Scenario;
+
+/// Guest RAM in MiB.
+const MEMORY_MIB: u32 = 512;
+/// Size of a virtio-blk disk in MiB.
+const DISK_MIB: u32 = 64;
+/// MiB by which a disk grows where a scenario changes its size.
+const GROW_MIB: u32 = 8;
+/// Time limit of a run in seconds. A run takes about a quarter of it on two idle cores.
+const RUN_LIMIT_S: u64 = 240;
+
+/// Bus GUIDs: Data2 is the PCI domain, different for each bus of a guest.
+const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
+const BUS_B: &str = "6c3a5f2e-2b3c-4c3d-8e4f-5a6b7c8d9e02";
+const BUS_C: &str = "6c3a5f2e-3c4d-4c3d-8e4f-5a6b7c8d9e03";
+
+/// A scenario and when it runs.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) scenario: Scenario,
+    /// Whether each change must pass it; the others run with `ci --full`.
+    pub(crate) required: bool,
+}
+
+/// Name of a family's kernel in the shared folder.
+pub(crate) fn kernel_file(family: &str) -> String {
+    format!("{family}.vmlinuz")
+}
+
+/// Name of a family's guest archive in the shared folder.
+pub(crate) fn initrd_file(family: &str) -> String {
+    format!("{family}.initramfs")
+}
+
+/// The kernel families that a scenario boots.
+pub(crate) fn families(scenario: &Scenario) -> Vec<&str> {
+    let mut names: Vec<_> = scenario
+        .runs
+        .iter()
+        .filter_map(|run| run.kernel.strip_suffix(".vmlinuz"))
+        .collect();
+    names.dedup();
+    names
+}
+
+/// All scenarios.
+pub(crate) fn all() -> Vec<Entry> {
+    // Becomes true with the guest side of the rig.
+    let required = |scenario| Entry {
+        scenario,
+        required: false,
+    };
+    vec![
+        required(linux("linux-7")),
+        required(linux("linux-6.12")),
+        required(linux("linux-6.1")),
+        required(two_buses("linux-7")),
+        required(reboot("linux-7")),
+        required(rebind("linux-7")),
+    ]
+}
+
+/// The scenarios of these names, each once, in the order of the names.
+pub(crate) fn select(names: &[String]) -> Result<Vec<Scenario>, Failure> {
+    let mut selected: Vec<Scenario> = Vec::new();
+    for name in names {
+        if selected.iter().any(|scenario| scenario.name == *name) {
+            continue;
+        }
+        let entry = all().into_iter().find(|entry| entry.scenario.name == *name);
+        let Some(entry) = entry else {
+            let text = format!("no scenario {name}; `cargo xtask rig --list` lists them");
+            return Err(Failure::Usage(text));
+        };
+        selected.push(entry.scenario);
+    }
+    Ok(selected)
+}
+
+/// A kernel family with every check, on one and on two vCPUs.
+fn linux(family: &str) -> Scenario {
+    let run = |cpus| Run {
+        functions: vec![disk(BUS_A, 0, cpus, GROW_MIB), entropy(BUS_B, 0)],
+        ..run(family, cpus, Mode::Full)
+    };
+    scenario(
+        family,
+        "disk, entropy source, interrupts and their moves; 1 and 2 vCPUs",
+        vec![run(1), run(2)],
+    )
+}
+
+fn two_buses(family: &str) -> Scenario {
+    let functions = vec![
+        disk(BUS_A, 0, 2, 0),
+        entropy(BUS_B, 0),
+        disk(BUS_C, 0, 2, 0),
+    ];
+    scenario(
+        "two-buses",
+        "two disks and an entropy source, each on a vPCI bus of its own",
+        vec![Run {
+            functions,
+            ..run(family, 2, Mode::Short)
+        }],
+    )
+}
+
+fn reboot(family: &str) -> Scenario {
+    scenario(
+        "reboot",
+        "the guest resets itself twice; each boot finds everything anew",
+        vec![Run {
+            functions: vec![disk(BUS_A, 0, 2, 0), entropy(BUS_B, 0)],
+            repeat: 2,
+            time_limit_s: RUN_LIMIT_S * 2,
+            ..run(family, 2, Mode::Reboot)
+        }],
+    )
+}
+
+fn rebind(family: &str) -> Scenario {
+    scenario(
+        "rebind",
+        "unbind and bind of the bus's driver, three times",
+        vec![Run {
+            functions: vec![disk(BUS_A, 0, 2, 0), entropy(BUS_B, 0)],
+            repeat: 3,
+            ..run(family, 2, Mode::Rebind)
+        }],
+    )
+}
+
+fn scenario(name: &str, description: &str, runs: Vec<Run>) -> Scenario {
+    Scenario {
+        name: name.into(),
+        description: description.into(),
+        time_limit_s: runs.iter().map(|run| run.time_limit_s + 30).sum(),
+        runs,
+        exec: None,
+    }
+}
+
+fn run(family: &str, cpus: u32, mode: Mode) -> Run {
+    Run {
+        name: format!("{cpus}-cpu"),
+        kernel: kernel_file(family),
+        initrd: initrd_file(family),
+        cmdline: String::new(),
+        cpus,
+        memory_mib: MEMORY_MIB,
+        functions: Vec::new(),
+        mode,
+        repeat: 0,
+        hyperv: None,
+        time_limit_s: RUN_LIMIT_S,
+    }
+}
+
+/// A disk with a queue for every vCPU: fewer and the driver would not spread its interrupts.
+fn disk(bus: &str, function: u8, cpus: u32, grow_mib: u32) -> Function {
+    Function::Blk {
+        bus: guid(bus),
+        function,
+        size_mib: DISK_MIB,
+        queues: cpus as u16,
+        readonly: false,
+        grow_mib,
+    }
+}
+
+fn entropy(bus: &str, function: u8) -> Function {
+    Function::Rng {
+        bus: guid(bus),
+        function,
+    }
+}
+
+fn guid(text: &str) -> uuid::Uuid {
+    uuid::Uuid::try_parse(text).unwrap_or_default()
+}
+
+/// Multiplies the time limits of a scenario, for slow machines.
+pub(crate) fn scale(scenario: &mut Scenario, factor: f64) {
+    let scaled = |seconds: u64| (seconds as f64 * factor).ceil() as u64;
+    scenario.time_limit_s = scaled(scenario.time_limit_s);
+    for run in &mut scenario.runs {
+        run.time_limit_s = scaled(run.time_limit_s);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_distinct_and_kernels_exist() {
+        let mut names = BTreeSet::new();
+        for entry in all() {
+            assert!(names.insert(entry.scenario.name.clone()));
+            assert!(!entry.scenario.description.is_empty());
+            assert!(!families(&entry.scenario).is_empty());
+            for family in families(&entry.scenario) {
+                kernel::family(family).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn every_function_of_a_run_has_an_address_of_its_own_in_a_legal_domain() {
+        for run in all().iter().flat_map(|entry| &entry.scenario.runs) {
+            let mut addresses = BTreeSet::new();
+            let mut domains = BTreeSet::new();
+            for function in &run.functions {
+                assert!(addresses.insert(function.address()), "{}", run.name);
+                assert!((1..0x8000).contains(&function.domain()));
+                domains.insert(function.domain());
+            }
+            let buses: BTreeSet<_> = run.functions.iter().map(Function::bus).collect();
+            assert_eq!(buses.len(), domains.len(), "a domain names one bus");
+        }
+    }
+
+    #[test]
+    fn each_kernel_runs_on_one_and_two_cpus_with_queues_for_all() {
+        for name in ["linux-7", "linux-6.12", "linux-6.1"] {
+            let scenario = &select(&[name.into()]).unwrap()[0];
+            let cpus: Vec<_> = scenario.runs.iter().map(|run| run.cpus).collect();
+            assert_eq!(cpus, [1, 2]);
+            for run in &scenario.runs {
+                let queues = run.functions.iter().find_map(|function| match function {
+                    Function::Blk { queues, .. } => Some(u32::from(*queues)),
+                    Function::Rng { .. } => None,
+                });
+                assert!(queues.unwrap() >= run.cpus);
+            }
+        }
+    }
+
+    #[test]
+    fn selection_keeps_the_order_and_refuses_unknown_names() {
+        let names = ["reboot", "linux-7", "reboot"].map(String::from);
+        let selected = select(&names).unwrap();
+        let selected: Vec<_> = selected.iter().map(|scenario| &scenario.name).collect();
+        assert_eq!(selected, ["reboot", "linux-7"]);
+        let error = select(&["linux-2.4".into()]).unwrap_err();
+        assert!(matches!(error, Failure::Usage(_)), "{error}");
+    }
+
+    #[test]
+    fn a_factor_stretches_every_limit() {
+        let mut scenario = select(&["linux-7".into()]).unwrap().remove(0);
+        let before = scenario.clone();
+        scale(&mut scenario, 2.5);
+        assert_eq!(
+            scenario.time_limit_s,
+            (before.time_limit_s as f64 * 2.5).ceil() as u64
+        );
+        assert_eq!(scenario.runs[1].time_limit_s, 600);
+    }
+}

@@ -1,0 +1,83 @@
+//! A developer aid: one shell command in L1, next to the guests' kernels and the reference VMM.
+#![forbid(unsafe_code)]
+
+use super::Prepared;
+use super::machine::End;
+use super::machine::Machine;
+use super::machine::Setup;
+use super::machine::interruption;
+use crate::failure::Failure;
+use crate::images;
+use crate::images::Init;
+use crate::kernel::Role;
+use anyhow::Context;
+use anyhow::Result;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const INIT: &str = include_str!("init.sh");
+const BEGIN: &str = "VPCI-SHELL begin";
+const END: &str = "VPCI-SHELL end ";
+
+/// Time that L1 gets to boot and run the command.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Boots L1, runs `command` by busybox' shell and prints its output; an error unless it ends
+/// with status 0.
+pub(crate) fn run(prepared: &Prepared, command: &str, files: &[PathBuf], scale: f64) -> Result<()> {
+    let busybox = images::busybox(&prepared.cache)?;
+    let init = Init::Script {
+        busybox: &busybox,
+        script: INIT,
+    };
+    let image = images::pack(&prepared.cache, &prepared.rig, Role::Rig, init)?;
+    let work = prepared.work_folder("shell")?;
+    let share = work.folder.join("share");
+    prepared.fill_share(&share)?;
+    for file in files {
+        let name = file.file_name().context("--file: no file name")?;
+        fs::copy(file, share.join(name)).with_context(|| format!("--file {}", file.display()))?;
+    }
+    fs::write(share.join("command.sh"), format!("{command}\n"))?;
+    let interrupted = interruption()?;
+    let mut machine = Machine::start(&Setup {
+        image: &image,
+        cmdline: "console=ttyS0 quiet loglevel=4 panic=-1",
+        share: &share,
+        logs: &work.folder,
+        echo: false,
+    })?;
+    let limit = LIMIT.mul_f64(scale);
+    let mut begun = false;
+    let end = machine.watch(limit, &interrupted, |line| {
+        let line = line?;
+        if let Some((text, status)) = line.split_once(END) {
+            if !text.is_empty() {
+                println!("{text}");
+            }
+            return Some(status.trim().to_string());
+        }
+        if begun {
+            println!("{line}");
+        }
+        if line.ends_with(BEGIN) {
+            begun = true;
+            eprintln!("L1 is up after {:.1} s", machine.elapsed().as_secs_f64());
+        }
+        None
+    });
+    let log = work.folder.join("serial.log");
+    let log = log.display();
+    let text = match end {
+        End::Found(status) if status == "0" => {
+            machine.wait(Duration::from_secs(20));
+            return Ok(());
+        }
+        End::Found(status) => format!("the command ended with status {status}"),
+        End::Ended => format!("L1 ended before the command did; see {log}"),
+        End::TimedOut => format!("not done after {} s; see {log}", limit.as_secs()),
+        End::Interrupted => "interrupted".into(),
+    };
+    Err(Failure::Failed(text).into())
+}
