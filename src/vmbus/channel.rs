@@ -65,6 +65,10 @@ pub trait ChannelDevice: Send + Sync + Debug {
     /// The guest signalled the channel. Called on a VP's thread, for each signal: only triggers a
     /// worker. May come at any time, also for a closed channel, and proves nothing.
     fn signalled(&self);
+
+    /// The offer was revoked and the guest has let go of it: the same instance may be offered
+    /// again, and nothing of it is visible to the guest any more.
+    fn released(&self) {}
 }
 
 /// A channel's interrupt towards the guest: its event flag at its target VP. Clones share the
@@ -114,7 +118,7 @@ impl ChannelSignal {
     }
 
     /// Replaces the target VP. When this returns no signal reaches the former one any more.
-    pub fn set_target(&self, target: Option<u32>) {
+    pub(crate) fn set_target(&self, target: Option<u32>) {
         *self
             .shared
             .target

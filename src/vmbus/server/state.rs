@@ -1,0 +1,238 @@
+//! The server as plain data, and back.
+#![forbid(unsafe_code)]
+
+use super::connection::VERSIONS;
+use super::*;
+
+/// Layout version of [`ServerState`].
+pub const STATE_VERSION: u32 = 1;
+
+/// A [`Server`] as plain data. Limits, offers' devices and counters are not part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerState {
+    /// [`STATE_VERSION`].
+    pub version: u32,
+    /// State of the connection.
+    pub connection: Connection,
+    /// Channels in the order of their ids.
+    pub channels: Vec<(ChannelId, Channel)>,
+    /// Id of the next channel.
+    pub next_id: u64,
+    /// GPADLs.
+    pub gpadls: Vec<GpadlState>,
+    /// Actions not performed yet, or not answered yet.
+    pub actions: Vec<Action>,
+    /// Messages not sent yet.
+    pub outbox: Vec<Outgoing>,
+}
+
+/// Why a state was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// A layout that this version of the library does not know.
+    #[error("state version {0} is not known")]
+    Version(u32),
+    /// The connection could not have come about.
+    #[error("inconsistent connection")]
+    Connection,
+    /// A channel could not have come about.
+    #[error("inconsistent channel {0:?}")]
+    Channel(ChannelId),
+    /// There are more channels than the limits allow.
+    #[error("too many channels")]
+    TooManyChannels,
+    /// The GPADLs could not have come about, or exceed the limits.
+    #[error("inconsistent GPADLs")]
+    Gpadls,
+    /// The actions do not fit the channels.
+    #[error("inconsistent actions")]
+    Actions,
+    /// A message to a VP or SINT that does not exist.
+    #[error("inconsistent outgoing messages")]
+    Outbox,
+}
+
+impl Server {
+    /// The server as plain data. An action that was taken but not answered counts as not taken.
+    pub fn save(&self) -> ServerState {
+        let mut actions: Vec<Action> = self.actions.iter().copied().collect();
+        for (id, channel) in &self.channels {
+            if let Some(action) = owed_action(*id, channel)
+                && !actions.contains(&action)
+            {
+                actions.push(action);
+            }
+        }
+        ServerState {
+            version: STATE_VERSION,
+            connection: self.connection,
+            channels: self.channels.iter().map(|(id, c)| (*id, *c)).collect(),
+            next_id: self.next_id,
+            gpadls: self.gpadls.save(),
+            actions,
+            outbox: self.outbox.iter().cloned().collect(),
+        }
+    }
+
+    /// A server that goes on where [`save`](Self::save) was called. Nothing in `state` is trusted.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError`].
+    pub fn restore(
+        limits: Limits,
+        ram: GuestRam,
+        vp_count: u32,
+        state: ServerState,
+    ) -> Result<Self, StateError> {
+        if state.version != STATE_VERSION {
+            return Err(StateError::Version(state.version));
+        }
+        let mut server = Self::new(limits, ram, vp_count);
+        server.connection = state.connection;
+        server.next_id = state.next_id;
+        server.restore_channels(&state.channels)?;
+        server.check_connection()?;
+        server.gpadls =
+            Gpadls::restore(state.gpadls, &server.limits, &server.ram).ok_or(StateError::Gpadls)?;
+        server.check_gpadls()?;
+        server.check_actions(&state.actions)?;
+        server.actions = state.actions.into();
+        let deliverable = |message: &Outgoing| {
+            message.vp < vp_count && (1..connection::SINT_COUNT).contains(&message.sint)
+        };
+        if !state.outbox.iter().all(deliverable) {
+            return Err(StateError::Outbox);
+        }
+        server.outbox = state.outbox.into();
+        Ok(server)
+    }
+
+    fn restore_channels(&mut self, channels: &[(ChannelId, Channel)]) -> Result<(), StateError> {
+        if channels.len() > self.limits.channels.min(wire::MAX_RELID.into()) {
+            return Err(StateError::TooManyChannels);
+        }
+        for (id, channel) in channels {
+            let error = StateError::Channel(*id);
+            let revocable = match channel.phase {
+                Phase::Withheld | Phase::Offered | Phase::Open(_) => !channel.revoked,
+                Phase::Rescinded => channel.revoked,
+                Phase::Opening(_) | Phase::Closing(..) => true,
+            };
+            let vps: &[u32] = match &channel.phase {
+                Phase::Opening(params) | Phase::Open(params) => &[params.target_vp],
+                _ => &[],
+            };
+            let withheld = channel.phase == Phase::Withheld;
+            let twin = |other: &Channel| other.identity.instance == channel.identity.instance;
+            if id.0 == 0
+                || id.0 >= self.next_id
+                || !revocable
+                || withheld != channel.relid.is_none()
+                || !vps.iter().all(|vp| self.is_target(*vp))
+                || self.channels.values().any(twin)
+            {
+                return Err(error);
+            }
+            if let Some(relid) = channel.relid {
+                let in_range = (1..=wire::MAX_RELID).contains(&relid);
+                if !in_range || self.by_relid.insert(relid, *id).is_some() {
+                    return Err(error);
+                }
+            }
+            if self.channels.insert(*id, *channel).is_some() {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_connection(&self) -> Result<(), StateError> {
+        let contact_ok = |contact: &Contact| {
+            VERSIONS.contains(&contact.version)
+                && contact.vp < self.vp_count
+                && contact.sint == wire::SINT
+        };
+        let ok = match &self.connection {
+            Connection::Disconnected => self.by_relid.is_empty(),
+            Connection::Connected(contact) => {
+                contact_ok(contact) && (contact.offers_requested || self.by_relid.is_empty())
+            }
+            Connection::Disconnecting(contact, after) => {
+                let after_ok = match after {
+                    AfterDisconnect::Contact(request) => {
+                        request.vp < self.vp_count && request.sint == wire::SINT
+                    }
+                    AfterDisconnect::Reset | AfterDisconnect::Unload => true,
+                };
+                let closing = |channel: &Channel| {
+                    use Phase::{Closing, Opening, Withheld};
+                    matches!(channel.phase, Withheld | Opening(_) | Closing(..))
+                };
+                contact_ok(contact)
+                    && after_ok
+                    && !self.by_relid.is_empty()
+                    && self.channels.values().all(closing)
+            }
+        };
+        if ok {
+            Ok(())
+        } else {
+            Err(StateError::Connection)
+        }
+    }
+
+    fn check_gpadls(&self) -> Result<(), StateError> {
+        let connected = matches!(self.connection, Connection::Connected(_));
+        for list in self.gpadls.save() {
+            let channel = self.find(list.relid.into()).map(|(_, _, channel)| channel);
+            let in_use = channel.map(|channel| channel.ring_gpadl());
+            let owed_wrongly = list.teardown_pending && in_use != Ok(Some(list.gpadl));
+            if !connected || in_use.is_err() || owed_wrongly {
+                return Err(StateError::Gpadls);
+            }
+        }
+        // An open channel has its rings.
+        for (id, channel) in &self.channels {
+            if let Phase::Open(params) = channel.phase
+                && self.rings_of(*id, &params).is_none()
+            {
+                return Err(StateError::Channel(*id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Each channel has the action that it waits for, once; no other is about a wrong channel.
+    fn check_actions(&self, actions: &[Action]) -> Result<(), StateError> {
+        for (id, channel) in &self.channels {
+            let count = |action| actions.iter().filter(|other| **other == action).count();
+            let owed = owed_action(*id, channel);
+            for action in [Action::Open(*id), Action::Close(*id)] {
+                if count(action) != usize::from(owed == Some(action)) {
+                    return Err(StateError::Actions);
+                }
+            }
+        }
+        let possible = |action: &Action| match action {
+            Action::Open(id) | Action::Close(id) => self.channels.contains_key(id),
+            Action::Released(id) => !self.channels.contains_key(id) && id.0 < self.next_id,
+            Action::Retarget(id, vp) => id.0 < self.next_id && *vp < self.vp_count,
+            Action::DiscardMessages(sint) => *sint == wire::SINT,
+        };
+        if actions.iter().all(possible) {
+            Ok(())
+        } else {
+            Err(StateError::Actions)
+        }
+    }
+}
+
+/// The action whose answer a channel waits for.
+fn owed_action(id: ChannelId, channel: &Channel) -> Option<Action> {
+    match channel.phase {
+        Phase::Opening(_) => Some(Action::Open(id)),
+        Phase::Closing(..) => Some(Action::Close(id)),
+        Phase::Withheld | Phase::Offered | Phase::Open(_) | Phase::Rescinded => None,
+    }
+}
