@@ -10,5 +10,6 @@ pub mod msr;
 pub mod status;
 pub mod synic;
 pub mod vmbus;
+pub mod vpci;
 
 pub use status::HvStatus;

@@ -1,0 +1,427 @@
+//! A function on the bus: its device, and everything the bus emulates around it.
+//!
+//! Lock order: the placement lock, then the locks of the MMIO space, of the interrupts, or of the
+//! DMA port, one at a time. The device is called with none of them held. The placement lock is
+//! held while doorbells are connected and disconnected, which serialises them.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
+use super::function::{
+    BAR_COUNT, BarSpec, DoorbellRegister, FunctionLayout, FunctionResources, PciFunction,
+};
+use super::interrupts::Interrupts;
+use super::interrupts::handles::lock;
+use super::layout::{self, LayoutError};
+use super::mmio::{MmioHandler, MmioRegion, MmioSpace};
+use crate::dma::{Dma, DmaPort};
+use crate::mem::{GuestRam, PAGE_SIZE};
+use crate::vmm::{Doorbell, Doorbells, MsiSink};
+
+/// What a function needs of its surroundings.
+#[derive(Debug, Clone)]
+pub(crate) struct SlotHost {
+    pub(crate) ram: GuestRam,
+    pub(crate) mmio: Arc<MmioSpace>,
+    pub(crate) msi: Arc<dyn MsiSink>,
+    pub(crate) apic_ids: Arc<[u32]>,
+    pub(crate) doorbells: Option<Arc<dyn Doorbells>>,
+}
+
+/// Where the function is, guarded by the placement lock, which also serialises writes to the
+/// configuration space.
+#[derive(Debug, Default)]
+struct Placement {
+    /// The bus is in D0: the guest may use the configuration space. Otherwise nothing can switch
+    /// on decode or bus mastering.
+    powered: bool,
+    bars: [Option<MmioRegion>; BAR_COUNT],
+    /// Connected doorbells and which register each belongs to.
+    doorbells: Vec<(Doorbell, usize)>,
+}
+
+/// A function on the bus.
+#[derive(Debug)]
+pub(crate) struct FunctionSlot {
+    /// Function number, 0 to 7.
+    pub(crate) number: u8,
+    pub(crate) layout: FunctionLayout,
+    pub(crate) interrupts: Arc<Interrupts>,
+    pub(crate) dma: Arc<DmaPort>,
+    device: Arc<dyn PciFunction>,
+    config: ConfigSpace,
+    mmio: Arc<MmioSpace>,
+    doorbells: Option<Arc<dyn Doorbells>>,
+    doorbell_registers: Vec<DoorbellRegister>,
+    placement: Mutex<Placement>,
+    /// The guest has had the function in its hands since the last reset.
+    dirty: AtomicBool,
+    refused_bars: AtomicU64,
+}
+
+impl FunctionSlot {
+    /// Plugs `device` in as function `number`.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError`] if what the device says of itself is impossible.
+    pub(crate) fn new(
+        number: u8,
+        multi_function: bool,
+        device: Arc<dyn PciFunction>,
+        host: &SlotHost,
+    ) -> Result<Arc<Self>, LayoutError> {
+        let layout = device.layout();
+        layout::validate(&layout)?;
+        let config = ConfigSpace::new(&layout, multi_function)?;
+        let doorbell_registers = device.doorbells();
+        for register in &doorbell_registers {
+            check_doorbell(&layout, register)?;
+        }
+        let dma = DmaPort::new(host.ram.clone());
+        let interrupts = Arc::new(Interrupts::new(
+            &layout,
+            host.apic_ids.clone(),
+            host.msi.clone(),
+        ));
+        device.connect(FunctionResources {
+            dma: Dma::new(dma.clone()),
+            interrupts: interrupts.clone(),
+        });
+        Ok(Arc::new(Self {
+            number,
+            layout,
+            interrupts,
+            dma,
+            device,
+            config,
+            mmio: host.mmio.clone(),
+            doorbells: host.doorbells.clone(),
+            doorbell_registers,
+            placement: Mutex::default(),
+            dirty: AtomicBool::new(false),
+            refused_bars: AtomicU64::new(0),
+        }))
+    }
+
+    /// A guest's load from the configuration space. Takes no lock.
+    pub(crate) fn config_read(&self, offset: usize, data: &mut [u8]) {
+        self.config
+            .read(offset, data, self.interrupts.msi_pending());
+    }
+
+    /// A guest's store to the configuration space; dropped while the bus is not in D0.
+    pub(crate) fn config_write(self: &Arc<Self>, offset: usize, data: &[u8]) {
+        let mut placement = lock(&self.placement);
+        if !placement.powered {
+            return;
+        }
+        let changes = self.config.write(offset, data);
+        if changes.command {
+            self.apply_command(&mut placement);
+        }
+        if changes.msix {
+            self.apply_msix();
+        }
+        if changes.msi {
+            self.apply_msi();
+        }
+    }
+
+    /// Lets the guest at the function, or takes it away without a reset.
+    pub(crate) fn set_powered(&self, powered: bool) {
+        if powered {
+            self.dirty.store(true, Ordering::Release);
+        }
+        lock(&self.placement).powered = powered;
+    }
+
+    /// Switches memory decode, as a guest may also do itself. Nothing happens before D0.
+    pub(crate) fn set_memory_decode(self: &Arc<Self>, on: bool) {
+        let mut placement = lock(&self.placement);
+        if placement.powered {
+            self.config.set_command(COMMAND_MEMORY, on);
+            self.apply_command(&mut placement);
+        }
+    }
+
+    /// Switches memory decode off and sets the BARs to `addresses`, 0 for those that are not
+    /// placed.
+    pub(crate) fn assign_bars(self: &Arc<Self>, addresses: [u64; BAR_COUNT]) {
+        let mut placement = lock(&self.placement);
+        self.config.set_command(COMMAND_MEMORY, false);
+        self.apply_command(&mut placement);
+        for (bar, address) in addresses.into_iter().enumerate() {
+            self.config.set_bar(bar, address);
+        }
+    }
+
+    /// What each BAR reads after a write of all ones.
+    pub(crate) fn probed_bars(&self) -> [u32; BAR_COUNT] {
+        self.config.probed_bars()
+    }
+
+    /// The address that each BAR holds.
+    pub(crate) fn bar_addresses(&self) -> [u64; BAR_COUNT] {
+        std::array::from_fn(|bar| self.config.bar(bar))
+    }
+
+    /// BARs that could not be mapped where the guest wanted them.
+    pub(crate) fn refused_bars(&self) -> u64 {
+        self.refused_bars.load(Ordering::Relaxed)
+    }
+
+    /// The BARs that are mapped, and where.
+    pub(crate) fn mapped_bars(&self) -> [Option<u64>; BAR_COUNT] {
+        let placement = lock(&self.placement);
+        std::array::from_fn(|bar| placement.bars[bar].as_ref().map(MmioRegion::base))
+    }
+
+    /// Takes the function out of the guest's hands: BARs unmapped, no DMA under way or to come, no
+    /// interrupt mapped, device reset. `powered` says whether the guest may program it again.
+    ///
+    /// Returns at once if the guest has not had it since the last reset.
+    pub(crate) fn reset(self: &Arc<Self>, powered: bool) {
+        if !self.dirty.swap(powered, Ordering::AcqRel) {
+            return;
+        }
+        {
+            let mut placement = lock(&self.placement);
+            placement.powered = false;
+            self.config.reset();
+            self.apply_command(&mut placement);
+            self.interrupts.reset();
+        }
+        self.device.reset();
+        // Whatever the device raised on its way to the reset state found no message.
+        lock(&self.placement).powered = powered;
+    }
+
+    /// Registers of the configuration space, for saving.
+    pub(crate) fn save_config(&self) -> Vec<u32> {
+        self.config.save()
+    }
+
+    /// True if saved registers can be those of this function.
+    pub(crate) fn accepts_config(&self, dwords: &[u32]) -> bool {
+        self.config.accepts(dwords)
+    }
+
+    /// Takes over registers that [`FunctionSlot::accepts_config`] has found good, and does what
+    /// they ask for.
+    pub(crate) fn restore_config(self: &Arc<Self>, dwords: &[u32], powered: bool) {
+        self.dirty.store(true, Ordering::Release);
+        let mut placement = lock(&self.placement);
+        self.config.restore(dwords);
+        placement.powered = powered;
+        self.apply_command(&mut placement);
+        self.apply_msix();
+        self.apply_msi();
+    }
+
+    fn apply_msix(&self) {
+        if let Some(control) = self.config.msix() {
+            self.interrupts.set_msix_control(control);
+        }
+    }
+
+    fn apply_msi(&self) {
+        if let Some(registers) = self.config.msi() {
+            self.interrupts.set_msi(registers);
+        }
+    }
+
+    /// Makes mappings and DMA follow the command register.
+    fn apply_command(self: &Arc<Self>, placement: &mut Placement) {
+        let command = self.config.command();
+        self.dma.set_master(command & COMMAND_MASTER != 0);
+        let mapped = placement.bars.iter().any(Option::is_some);
+        if command & COMMAND_MEMORY == 0 {
+            if mapped {
+                self.disconnect_doorbells(placement);
+                placement.bars = Default::default();
+            }
+        } else if !mapped {
+            for bar in 0..BAR_COUNT {
+                self.map_bar(placement, bar);
+            }
+        }
+    }
+
+    /// Maps one BAR where the guest wants it, if it may be there.
+    fn map_bar(self: &Arc<Self>, placement: &mut Placement, bar: usize) {
+        let spec = self.layout.bars[bar];
+        if spec == BarSpec::None {
+            return;
+        }
+        let address = self.config.bar(bar);
+        let handler = Arc::new(BarHandler::new(self.clone(), bar));
+        match self.mmio.register(address, spec.size(), handler) {
+            Ok(region) => {
+                placement.bars[bar] = Some(region);
+                self.connect_doorbells(placement, bar, address);
+            }
+            Err(error) => {
+                let count = self.refused_bars.fetch_add(1, Ordering::Relaxed) + 1;
+                // A guest can do this as often as it likes: log at powers of two.
+                if count.is_power_of_two() {
+                    log::warn!(
+                        "{} (function {}): BAR {bar} not mapped, {count} so far: {error}",
+                        self.layout.kind,
+                        self.number
+                    );
+                }
+            }
+        }
+    }
+
+    fn connect_doorbells(&self, placement: &mut Placement, bar: usize, address: u64) {
+        let Some(doorbells) = &self.doorbells else {
+            return;
+        };
+        for (index, register) in self.doorbell_registers.iter().enumerate() {
+            if usize::from(register.bar) != bar {
+                continue;
+            }
+            let doorbell = Doorbell {
+                gpa: address + register.offset,
+                len: register.len,
+                data: register.data,
+            };
+            match doorbells.add(doorbell, register.eventfd.as_fd()) {
+                Ok(()) => placement.doorbells.push((doorbell, index)),
+                Err(error) => log::debug!("doorbell {doorbell:?} stays a plain register: {error}"),
+            }
+        }
+    }
+
+    fn disconnect_doorbells(&self, placement: &mut Placement) {
+        let Some(doorbells) = &self.doorbells else {
+            return;
+        };
+        for (doorbell, index) in placement.doorbells.drain(..) {
+            let eventfd = self.doorbell_registers[index].eventfd.as_fd();
+            if let Err(error) = doorbells.remove(doorbell, eventfd) {
+                log::warn!("doorbell {doorbell:?} stays connected: {error}");
+            }
+        }
+    }
+}
+
+fn check_doorbell(layout: &FunctionLayout, register: &DoorbellRegister) -> Result<(), LayoutError> {
+    let bar = register.bar;
+    let size = layout
+        .bars
+        .get(usize::from(bar))
+        .map_or(0, |spec| spec.size());
+    let len = u64::from(register.len.max(1));
+    let fits = register.offset.checked_add(len).is_some_and(|end| end <= size);
+    if matches!(register.len, 0 | 1 | 2 | 4 | 8) && fits {
+        Ok(())
+    } else {
+        Err(LayoutError::Doorbell {
+            bar,
+            offset: register.offset,
+        })
+    }
+}
+
+/// Answers accesses to a BAR: the pages of the MSI-X structures belong to the bus, the rest to the
+/// device.
+#[derive(Debug)]
+struct BarHandler {
+    slot: Arc<FunctionSlot>,
+    bar: u8,
+    /// Offset of the table in this BAR, if it is here.
+    table: Option<u64>,
+    /// Offset of the pending bit array in this BAR, if it is here.
+    pba: Option<u64>,
+    /// Pages that the device does not see.
+    table_pages: Range<u64>,
+    pba_pages: Range<u64>,
+}
+
+/// Who answers an access.
+enum Target {
+    /// The MSI-X table, at this offset.
+    Table(u64),
+    /// The pending bit array, at this offset.
+    Pba(u64),
+    /// A page of the MSI-X structures beside them.
+    Nothing,
+    Device,
+}
+
+impl BarHandler {
+    fn new(slot: Arc<FunctionSlot>, bar: usize) -> Self {
+        let bar = bar as u8;
+        let msix = slot.layout.msix;
+        let table = msix.filter(|msix| msix.table_bar == bar);
+        let pba = msix.filter(|msix| msix.pba_bar == bar);
+        let table_at = table.map(|msix| (u64::from(msix.table_offset), msix.table_len()));
+        let pba_at = pba.map(|msix| (u64::from(msix.pba_offset), msix.pba_len()));
+        let pages = |at: Option<(u64, u64)>| {
+            at.map_or(0..0, |(offset, len)| {
+                offset / PAGE_SIZE * PAGE_SIZE..(offset + len).next_multiple_of(PAGE_SIZE)
+            })
+        };
+        Self {
+            slot,
+            bar,
+            table: table_at.map(|(offset, _)| offset),
+            pba: pba_at.map(|(offset, _)| offset),
+            table_pages: pages(table_at),
+            pba_pages: pages(pba_at),
+        }
+    }
+
+    fn target(&self, offset: u64) -> Target {
+        // The pending bits may share the table's page: whichever structure starts nearest below
+        // the access answers, and knows its own end.
+        let below = |start: Option<u64>| start.filter(|start| *start <= offset);
+        match (below(self.table), below(self.pba)) {
+            _ if !self.table_pages.contains(&offset) && !self.pba_pages.contains(&offset) => {
+                Target::Device
+            }
+            (Some(table), Some(pba)) if pba > table => Target::Pba(offset - pba),
+            (Some(table), _) => Target::Table(offset - table),
+            (None, Some(pba)) => Target::Pba(offset - pba),
+            (None, None) => Target::Nothing,
+        }
+    }
+}
+
+impl MmioHandler for BarHandler {
+    fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        match self.target(offset) {
+            Target::Table(offset) => self.slot.interrupts.table_read(offset, data),
+            Target::Pba(offset) => self.slot.interrupts.pba_read(offset, data),
+            Target::Nothing => data.fill(0),
+            Target::Device => {
+                if offset.is_multiple_of(data.len() as u64) {
+                    self.slot.device.bar_read(self.bar, offset, data);
+                }
+            }
+        }
+    }
+
+    fn mmio_write(&self, offset: u64, data: &[u8]) {
+        match self.target(offset) {
+            Target::Table(offset) => self.slot.interrupts.table_write(offset, data),
+            Target::Pba(_) | Target::Nothing => {}
+            Target::Device => {
+                if offset.is_multiple_of(data.len() as u64) {
+                    self.slot.device.bar_write(self.bar, offset, data);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "slot_tests.rs"]
+mod tests;
