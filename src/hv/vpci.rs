@@ -256,127 +256,133 @@ impl Slot {
     }
 }
 
-macro_rules! wire {
-    ($(#[$doc:meta])* pub struct $name:ident { $($(#[$fdoc:meta])* pub $field:ident: $type:ty,)* }) => {
-        $(#[$doc])*
-        #[derive(
-            Debug, Clone, Copy, Default, PartialEq, Eq,
-            FromBytes, IntoBytes, Immutable, Unaligned,
-        )]
-        #[repr(C)]
-        pub struct $name { $($(#[$fdoc])* pub $field: $type,)* }
-    };
+/// A message that carries its type alone: QUERY_BUS_RELATIONS, BUS_D0EXIT.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct Header {
+    /// [`MessageType`].
+    pub message_type: U32,
 }
 
-wire! {
-    /// A message that carries its type alone: QUERY_BUS_RELATIONS, BUS_D0EXIT.
-    pub struct Header {
-        /// [`MessageType`].
-        pub message_type: U32,
-    }
+/// A message to one function with nothing behind the slot: QUERY_RESOURCE_REQUIREMENTS,
+/// RESOURCES_RELEASED, EJECT, RESET_DEVICE.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct SlotMessage {
+    /// [`MessageType`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
 }
 
-wire! {
-    /// A message to one function with nothing behind the slot: QUERY_RESOURCE_REQUIREMENTS,
-    /// RESOURCES_RELEASED, EJECT, RESET_DEVICE.
-    pub struct SlotMessage {
-        /// [`MessageType`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-    }
+/// QUERY_PROTOCOL_VERSION.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct QueryProtocolVersion {
+    /// [`MessageType::QueryProtocolVersion`].
+    pub message_type: U32,
+    /// [`ProtocolVersion`] asked for.
+    pub version: U32,
 }
 
-wire! {
-    /// QUERY_PROTOCOL_VERSION.
-    pub struct QueryProtocolVersion {
-        /// [`MessageType::QueryProtocolVersion`].
-        pub message_type: U32,
-        /// [`ProtocolVersion`] asked for.
-        pub version: U32,
-    }
+/// Completion of QUERY_PROTOCOL_VERSION.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct QueryProtocolVersionReply {
+    /// [`Status`].
+    pub status: U32,
+    /// The version in force when the status is success.
+    pub version: U32,
 }
 
-wire! {
-    /// Completion of QUERY_PROTOCOL_VERSION.
-    pub struct QueryProtocolVersionReply {
-        /// [`Status`].
-        pub status: U32,
-        /// The version in force when the status is success.
-        pub version: U32,
-    }
+/// Completion of QUERY_RESOURCE_REQUIREMENTS.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct ResourceRequirementsReply {
+    /// [`Status`].
+    pub status: U32,
+    /// What each BAR reads after a write of all ones; 0 when it is not implemented.
+    pub bars: [U32; BAR_COUNT],
 }
 
-wire! {
-    /// Completion of QUERY_RESOURCE_REQUIREMENTS.
-    pub struct ResourceRequirementsReply {
-        /// [`Status`].
-        pub status: U32,
-        /// What each BAR reads after a write of all ones; 0 when it is not implemented.
-        pub bars: [U32; BAR_COUNT],
-    }
+/// BUS_D0ENTRY.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct BusD0Entry {
+    /// [`MessageType::BusD0Entry`].
+    pub message_type: U32,
+    /// Zero.
+    pub reserved: U32,
+    /// Guest physical address of the config window.
+    pub window: U64,
 }
 
-wire! {
-    /// BUS_D0ENTRY.
-    pub struct BusD0Entry {
-        /// [`MessageType::BusD0Entry`].
-        pub message_type: U32,
-        /// Zero.
-        pub reserved: U32,
-        /// Guest physical address of the config window.
-        pub window: U64,
-    }
+/// Head of BUS_RELATIONS and BUS_RELATIONS2; the descriptions follow.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct BusRelations {
+    /// [`MessageType::BusRelations`] or [`MessageType::BusRelations2`].
+    pub message_type: U32,
+    /// Number of descriptions.
+    pub count: U32,
 }
 
-wire! {
-    /// Head of BUS_RELATIONS and BUS_RELATIONS2; the descriptions follow.
-    pub struct BusRelations {
-        /// [`MessageType::BusRelations`] or [`MessageType::BusRelations2`].
-        pub message_type: U32,
-        /// Number of descriptions.
-        pub count: U32,
-    }
+/// One function in BUS_RELATIONS.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct DeviceDescription {
+    /// Vendor id.
+    pub vendor: U16,
+    /// Device id.
+    pub device: U16,
+    /// Revision id.
+    pub revision: u8,
+    /// Programming interface.
+    pub prog_if: u8,
+    /// Sub-class code.
+    pub subclass: u8,
+    /// Base class code.
+    pub base_class: u8,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: U16,
+    /// Subsystem id.
+    pub subsystem: U16,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Serial number.
+    pub serial: U32,
 }
 
-wire! {
-    /// One function in BUS_RELATIONS.
-    pub struct DeviceDescription {
-        /// Vendor id.
-        pub vendor: U16,
-        /// Device id.
-        pub device: U16,
-        /// Revision id.
-        pub revision: u8,
-        /// Programming interface.
-        pub prog_if: u8,
-        /// Sub-class code.
-        pub subclass: u8,
-        /// Base class code.
-        pub base_class: u8,
-        /// Subsystem vendor id.
-        pub subsystem_vendor: U16,
-        /// Subsystem id.
-        pub subsystem: U16,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Serial number.
-        pub serial: U32,
-    }
-}
-
-wire! {
-    /// One function in BUS_RELATIONS2.
-    pub struct DeviceDescription2 {
-        /// As in BUS_RELATIONS.
-        pub base: DeviceDescription,
-        /// [`DESCRIPTION_NUMA_VALID`] or zero.
-        pub flags: U32,
-        /// NUMA node of the function.
-        pub numa_node: U16,
-        /// Zero.
-        pub reserved: U16,
-    }
+/// One function in BUS_RELATIONS2.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct DeviceDescription2 {
+    /// As in BUS_RELATIONS.
+    pub base: DeviceDescription,
+    /// [`DESCRIPTION_NUMA_VALID`] or zero.
+    pub flags: U32,
+    /// NUMA node of the function.
+    pub numa_node: U16,
+    /// Zero.
+    pub reserved: U16,
 }
 
 /// Types of a [`ResourceDescriptor`].
@@ -400,55 +406,61 @@ pub mod large_memory {
     pub const SHIFT_32: u16 = 1 << 11;
 }
 
-wire! {
-    /// One resource of a function, after `CM_PARTIAL_RESOURCE_DESCRIPTOR` of Windows.
-    pub struct ResourceDescriptor {
-        /// [`resource_type`].
-        pub resource_type: u8,
-        /// Share disposition.
-        pub share: u8,
-        /// [`large_memory`] flags for large memory.
-        pub flags: U16,
-        /// First address.
-        pub address: U64,
-        /// Length, scaled as `flags` say.
-        pub length: U32,
-        /// Zero.
-        pub reserved: U32,
-    }
+/// One resource of a function, after `CM_PARTIAL_RESOURCE_DESCRIPTOR` of Windows.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct ResourceDescriptor {
+    /// [`resource_type`].
+    pub resource_type: u8,
+    /// Share disposition.
+    pub share: u8,
+    /// [`large_memory`] flags for large memory.
+    pub flags: U16,
+    /// First address.
+    pub address: U64,
+    /// Length, scaled as `flags` say.
+    pub length: U32,
+    /// Zero.
+    pub reserved: U32,
 }
 
-wire! {
-    /// Head of RESOURCES_ASSIGNED, 2 and 3; the interrupt entries follow.
-    pub struct ResourcesAssigned {
-        /// [`MessageType`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Memory of each BAR.
-        pub memory: [ResourceDescriptor; BAR_COUNT],
-        /// Number of interrupt entries.
-        pub msi_count: U32,
-        /// Zero.
-        pub reserved: U32,
-    }
+/// Head of RESOURCES_ASSIGNED, 2 and 3; the interrupt entries follow.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct ResourcesAssigned {
+    /// [`MessageType`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Memory of each BAR.
+    pub memory: [ResourceDescriptor; BAR_COUNT],
+    /// Number of interrupt entries.
+    pub msi_count: U32,
+    /// Zero.
+    pub reserved: U32,
 }
 
-wire! {
-    /// Head of the completion of RESOURCES_ASSIGNED, 2 and 3; the translated entries follow, each
-    /// a [`Message`] padded to [`REPLY_ENTRY_V1`] or [`REPLY_ENTRY_V2`] bytes.
-    pub struct ResourcesAssignedReply {
-        /// [`Status`].
-        pub status: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// The request's descriptors.
-        pub memory: [ResourceDescriptor; BAR_COUNT],
-        /// Number of interrupt entries.
-        pub msi_count: U32,
-        /// Zero.
-        pub reserved: U32,
-    }
+/// Head of the completion of RESOURCES_ASSIGNED, 2 and 3; the translated entries follow, each
+/// a [`Message`] padded to [`REPLY_ENTRY_V1`] or [`REPLY_ENTRY_V2`] bytes.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct ResourcesAssignedReply {
+    /// [`Status`].
+    pub status: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// The request's descriptors.
+    pub memory: [ResourceDescriptor; BAR_COUNT],
+    /// Number of interrupt entries.
+    pub msi_count: U32,
+    /// Zero.
+    pub reserved: U32,
 }
 
 /// Bytes of an interrupt entry in RESOURCES_ASSIGNED.
@@ -462,230 +474,264 @@ pub const REPLY_ENTRY_V1: usize = 16;
 /// Bytes of an entry in the completion of RESOURCES_ASSIGNED2 and 3.
 pub const REPLY_ENTRY_V2: usize = 72;
 
-wire! {
-    /// What a guest asks of an interrupt in CREATE_INTERRUPT.
-    pub struct InterruptDescriptor {
-        /// First vector.
-        pub vector: u8,
-        /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
-        pub delivery_mode: u8,
-        /// Number of messages.
-        pub count: U16,
-        /// Zero.
-        pub reserved: U32,
-        /// VPs 0 to 63 that may take the interrupt.
-        pub processor_mask: U64,
-    }
+/// What a guest asks of an interrupt in CREATE_INTERRUPT.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct InterruptDescriptor {
+    /// First vector.
+    pub vector: u8,
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    pub delivery_mode: u8,
+    /// Number of messages.
+    pub count: U16,
+    /// Zero.
+    pub reserved: U32,
+    /// VPs 0 to 63 that may take the interrupt.
+    pub processor_mask: U64,
 }
 
-wire! {
-    /// What a guest asks of an interrupt in CREATE_INTERRUPT2.
-    pub struct InterruptDescriptor2 {
-        /// First vector.
-        pub vector: u8,
-        /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
-        pub delivery_mode: u8,
-        /// Number of messages.
-        pub count: U16,
-        /// Number of entries used in `processors`.
-        pub processor_count: U16,
-        /// VP indices that may take the interrupt.
-        pub processors: [U16; MAX_PROCESSORS],
-    }
+/// What a guest asks of an interrupt in CREATE_INTERRUPT2.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct InterruptDescriptor2 {
+    /// First vector.
+    pub vector: u8,
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    pub delivery_mode: u8,
+    /// Number of messages.
+    pub count: U16,
+    /// Number of entries used in `processors`.
+    pub processor_count: U16,
+    /// VP indices that may take the interrupt.
+    pub processors: [U16; MAX_PROCESSORS],
 }
 
-wire! {
-    /// What a guest asks of an interrupt in CREATE_INTERRUPT3.
-    pub struct InterruptDescriptor3 {
-        /// First vector.
-        pub vector: U32,
-        /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
-        pub delivery_mode: u8,
-        /// Zero.
-        pub reserved: u8,
-        /// Number of messages.
-        pub count: U16,
-        /// Number of entries used in `processors`.
-        pub processor_count: U16,
-        /// VP indices that may take the interrupt.
-        pub processors: [U16; MAX_PROCESSORS],
-    }
+/// What a guest asks of an interrupt in CREATE_INTERRUPT3.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct InterruptDescriptor3 {
+    /// First vector.
+    pub vector: U32,
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    pub delivery_mode: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Number of messages.
+    pub count: U16,
+    /// Number of entries used in `processors`.
+    pub processor_count: U16,
+    /// VP indices that may take the interrupt.
+    pub processors: [U16; MAX_PROCESSORS],
 }
 
-wire! {
-    /// CREATE_INTERRUPT.
-    pub struct CreateInterrupt {
-        /// [`MessageType::CreateInterrupt`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// The interrupt.
-        pub interrupt: InterruptDescriptor,
-    }
+/// CREATE_INTERRUPT.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct CreateInterrupt {
+    /// [`MessageType::CreateInterrupt`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// The interrupt.
+    pub interrupt: InterruptDescriptor,
 }
 
-wire! {
-    /// CREATE_INTERRUPT2.
-    pub struct CreateInterrupt2 {
-        /// [`MessageType::CreateInterrupt2`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// The interrupt.
-        pub interrupt: InterruptDescriptor2,
-    }
+/// CREATE_INTERRUPT2.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct CreateInterrupt2 {
+    /// [`MessageType::CreateInterrupt2`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// The interrupt.
+    pub interrupt: InterruptDescriptor2,
 }
 
-wire! {
-    /// CREATE_INTERRUPT3.
-    pub struct CreateInterrupt3 {
-        /// [`MessageType::CreateInterrupt3`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// The interrupt.
-        pub interrupt: InterruptDescriptor3,
-    }
+/// CREATE_INTERRUPT3.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct CreateInterrupt3 {
+    /// [`MessageType::CreateInterrupt3`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// The interrupt.
+    pub interrupt: InterruptDescriptor3,
 }
 
-wire! {
-    /// Interrupt messages as a guest programs them: an opaque handle to it.
-    pub struct Message {
-        /// Zero.
-        pub reserved: U16,
-        /// Number of messages.
-        pub count: U16,
-        /// Data of the first message.
-        pub data: U32,
-        /// Address of all messages.
-        pub address: U64,
-    }
+/// Interrupt messages as a guest programs them: an opaque handle to it.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct Message {
+    /// Zero.
+    pub reserved: U16,
+    /// Number of messages.
+    pub count: U16,
+    /// Data of the first message.
+    pub data: U32,
+    /// Address of all messages.
+    pub address: U64,
 }
 
-wire! {
-    /// Completion of CREATE_INTERRUPT, 2 and 3.
-    pub struct CreateInterruptReply {
-        /// [`Status`].
-        pub status: U32,
-        /// Zero.
-        pub reserved: U32,
-        /// The messages.
-        pub message: Message,
-    }
+/// Completion of CREATE_INTERRUPT, 2 and 3.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct CreateInterruptReply {
+    /// [`Status`].
+    pub status: U32,
+    /// Zero.
+    pub reserved: U32,
+    /// The messages.
+    pub message: Message,
 }
 
-wire! {
-    /// DELETE_INTERRUPT and 2.
-    pub struct DeleteInterrupt {
-        /// [`MessageType::DeleteInterrupt`] or [`MessageType::DeleteInterrupt2`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// As CREATE_INTERRUPT returned it.
-        pub message: Message,
-    }
+/// DELETE_INTERRUPT and 2.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct DeleteInterrupt {
+    /// [`MessageType::DeleteInterrupt`] or [`MessageType::DeleteInterrupt2`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// As CREATE_INTERRUPT returned it.
+    pub message: Message,
 }
 
-wire! {
-    /// EJECTION_COMPLETE, as Linux sends it; OpenVMM's guest leaves the status out.
-    pub struct EjectionComplete {
-        /// [`MessageType::EjectionComplete`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Zero.
-        pub status: U32,
-    }
+/// EJECTION_COMPLETE, as Linux sends it; OpenVMM's guest leaves the status out.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct EjectionComplete {
+    /// [`MessageType::EjectionComplete`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Zero.
+    pub status: U32,
 }
 
-wire! {
-    /// POWER_STATE_CHANGE.
-    pub struct PowerStateChange {
-        /// [`MessageType::PowerStateChange`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// [`POWER_D0`] or [`POWER_D3`].
-        pub state: U32,
-    }
+/// POWER_STATE_CHANGE.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct PowerStateChange {
+    /// [`MessageType::PowerStateChange`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// [`POWER_D0`] or [`POWER_D3`].
+    pub state: U32,
 }
 
-wire! {
-    /// GET_RESOURCES.
-    pub struct GetResources {
-        /// [`MessageType::GetResources`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Zero.
-        pub reserved: [u8; 24],
-    }
+/// GET_RESOURCES.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct GetResources {
+    /// [`MessageType::GetResources`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Zero.
+    pub reserved: [u8; 24],
 }
 
-wire! {
-    /// Completion of GET_RESOURCES: no status goes before it.
-    pub struct GetResourcesReply {
-        /// 1.
-        pub version: U16,
-        /// 1.
-        pub revision: U16,
-        /// 6.
-        pub count: U32,
-        /// Memory of each BAR.
-        pub memory: [ResourceDescriptor; BAR_COUNT],
-    }
+/// Completion of GET_RESOURCES: no status goes before it.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct GetResourcesReply {
+    /// 1.
+    pub version: U16,
+    /// 1.
+    pub revision: U16,
+    /// 6.
+    pub count: U32,
+    /// Memory of each BAR.
+    pub memory: [ResourceDescriptor; BAR_COUNT],
 }
 
-wire! {
-    /// READ_BLOCK.
-    pub struct ReadBlock {
-        /// [`MessageType::ReadBlock`].
-        pub message_type: U32,
-        /// Block id.
-        pub block: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Bytes asked for, at most [`MAX_BLOCK_LEN`].
-        pub length: U32,
-    }
+/// READ_BLOCK.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct ReadBlock {
+    /// [`MessageType::ReadBlock`].
+    pub message_type: U32,
+    /// Block id.
+    pub block: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Bytes asked for, at most [`MAX_BLOCK_LEN`].
+    pub length: U32,
 }
 
-wire! {
-    /// Head of WRITE_BLOCK; the data follow.
-    pub struct WriteBlock {
-        /// [`MessageType::WriteBlock`].
-        pub message_type: U32,
-        /// Block id.
-        pub block: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Bytes of data, at most [`MAX_BLOCK_LEN`].
-        pub length: U32,
-    }
+/// Head of WRITE_BLOCK; the data follow.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct WriteBlock {
+    /// [`MessageType::WriteBlock`].
+    pub message_type: U32,
+    /// Block id.
+    pub block: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Bytes of data, at most [`MAX_BLOCK_LEN`].
+    pub length: U32,
 }
 
-wire! {
-    /// INVALIDATE_BLOCK.
-    pub struct InvalidateBlock {
-        /// [`MessageType::InvalidateBlock`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Blocks 0 to 63 that changed.
-        pub blocks: U64,
-    }
+/// INVALIDATE_BLOCK.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct InvalidateBlock {
+    /// [`MessageType::InvalidateBlock`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Blocks 0 to 63 that changed.
+    pub blocks: U64,
 }
 
-wire! {
-    /// Head of a TDISP command; the data follow.
-    pub struct TdispCommand {
-        /// [`MessageType::TdispCommand`].
-        pub message_type: U32,
-        /// [`Slot`].
-        pub slot: U32,
-        /// Bytes of data.
-        pub length: U64,
-    }
+/// Head of a TDISP command; the data follow.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct TdispCommand {
+    /// [`MessageType::TdispCommand`].
+    pub message_type: U32,
+    /// [`Slot`].
+    pub slot: U32,
+    /// Bytes of data.
+    pub length: U64,
 }
 
 #[cfg(test)]

@@ -5,8 +5,6 @@
 //! (docs/spec/vpci.md#5-behaviour-message-by-message).
 #![forbid(unsafe_code)]
 
-use zerocopy::IntoBytes;
-
 use super::function::BAR_COUNT;
 use super::protocol::{BusCore, InterruptRequest, Replies, parse};
 use super::slot::FunctionSlot;
@@ -161,6 +159,7 @@ fn descriptor(address: u64, size: u64) -> ResourceDescriptor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zerocopy::IntoBytes;
 
     #[test]
     fn descriptors_scale_lengths_beyond_four_gigabytes() {

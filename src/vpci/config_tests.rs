@@ -84,7 +84,9 @@ fn the_header_says_who_the_function_is() {
 #[test]
 fn read_only_registers_stay_as_they_are() {
     let space = space();
-    for offset in [0, 8, 0x28, 0x2c, 0x30, 0x34, 0x38, 0x3c, 0x1c, 0x20, 0x24, 0x100] {
+    for offset in [
+        0, 8, 0x28, 0x2c, 0x30, 0x34, 0x38, 0x3c, 0x1c, 0x20, 0x24, 0x100,
+    ] {
         let before = read(&space, offset);
         assert_eq!(write(&space, offset, !before), Changes::default());
         assert_eq!(read(&space, offset), before, "{offset:#x}");

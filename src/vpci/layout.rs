@@ -215,15 +215,15 @@ mod tests {
                 });
             })
         };
-        assert_eq!(
-            capability(9, 4, 3),
-            LayoutError::CapabilityMask { id: 9 }
-        );
+        assert_eq!(capability(9, 4, 3), LayoutError::CapabilityMask { id: 9 });
         assert_eq!(
             capability(0x11, 4, 4),
             LayoutError::ReservedCapability { id: 0x11 }
         );
-        assert_eq!(broken(|l| l.identity.vendor = 0xffff), LayoutError::NoVendor);
+        assert_eq!(
+            broken(|l| l.identity.vendor = 0xffff),
+            LayoutError::NoVendor
+        );
         for messages in [0, 3, 64] {
             assert_eq!(
                 broken(|l| l.msi = Some(MsiSpec { messages })),

@@ -379,7 +379,7 @@ mod tests {
         let ram = GuestRam::new(GuestMemoryAtomic::new(map));
         let make = |apertures| MmioSpace::new(ram.clone(), apertures).unwrap_err();
         assert!(matches!(
-            make(vec![0xf000..0x1_1000]),
+            make(vec![0xf000..0x1_1000, 0x2_0000..0x3_0000]),
             MmioError::Ram { .. }
         ));
         assert!(matches!(
@@ -387,7 +387,7 @@ mod tests {
             MmioError::Overlap { .. }
         ));
         assert!(matches!(
-            make(vec![0x2_0000..0x2_0800]),
+            make(vec![0x2_0000..0x2_0800, 0x3_0000..0x4_0000]),
             MmioError::Malformed { .. }
         ));
     }

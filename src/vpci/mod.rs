@@ -1,9 +1,57 @@
-//! The virtual PCI bus.
+//! The virtual PCI bus (docs/spec/vpci.md).
+//!
+//! ```text
+//!   vCPU threads                                            worker of the bus
+//!   ------------                                            -----------------
+//!   MMIO -> MmioSpace -+-> ConfigWindow -> FunctionSlot <-- Protocol <- ring
+//!                      |                    |  ConfigSpace
+//!                      +-> BAR -------------+  Interrupts -> MsiSink
+//!                           |  MSI-X table     DmaPort
+//!   RETARGET ---------------|----------------> Interrupts
+//!                           +-> PciFunction -> InterruptLines, Dma
+//! ```
+//!
+//! One [`bus::Bus`] is one VMBus channel with up to eight functions. A device implements
+//! [`function::PciFunction`]; the bus emulates everything around it.
+//!
+//! # Lock order
+//!
+//! Each lock may be taken while holding those above it, never the other way round.
+//!
+//! 1. the channel lock of a bus: held for one step of its worker, and by open, close, reset, save;
+//! 2. the placement lock of a function: configuration writes, BAR mapping, reset;
+//! 3. one of: the edit lock of the MMIO space; the guard of the function's DMA port; an MSI-X
+//!    entry or the MSI state of its interrupts; the allocator of its message handles;
+//! 4. the route of a message handle, in which [`crate::vmm::MsiSink::raise_msi`] runs.
+//!
+//! [`function::PciFunction`] is called with none but the channel lock held, and that only by
+//! its worker's own steps. Reading the configuration space takes no lock at all, so a vCPU that
+//! polls it with interrupts off never waits for a worker; RETARGET takes only the route (4).
 #![forbid(unsafe_code)]
 
-pub(crate) mod config;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+mod assignment;
+pub mod bus;
+mod config;
 pub mod device_id;
 pub mod function;
 pub mod interrupts;
 pub mod layout;
 pub mod mmio;
+mod protocol;
+mod slot;
+mod state;
+mod window;
+
+pub use bus::{Bus, BusConfig, BusError, BusHost, BusReport, FunctionReport};
+pub use device_id::LogicalDeviceId;
+pub use mmio::{MmioError, MmioSpace};
+pub use protocol::ProtocolCounters;
+pub use state::{BusState, FunctionState, RestoreError};
+
+/// Takes a lock. Every critical section here leaves its data consistent at each point where it
+/// calls out, so a panic in a callback does not spoil them.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

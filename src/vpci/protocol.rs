@@ -164,8 +164,7 @@ impl Protocol {
     ) -> Result<(), Status> {
         use MessageType as T;
         let header: wire::Header = parse(payload)?;
-        let message =
-            MessageType::from_code(header.message_type.get()).ok_or(Status::BadData)?;
+        let message = MessageType::from_code(header.message_type.get()).ok_or(Status::BadData)?;
         let version = match (message, self.version) {
             (T::QueryProtocolVersion, None) => return self.negotiate(payload, replies),
             (T::QueryProtocolVersion, Some(_)) | (_, None) => {
@@ -252,8 +251,8 @@ impl Protocol {
 
     fn negotiate(&mut self, payload: &[u8], replies: &mut Replies) -> Result<(), Status> {
         let request: wire::QueryProtocolVersion = parse(payload)?;
-        let version = ProtocolVersion::from_code(request.version.get())
-            .ok_or(Status::RevisionMismatch)?;
+        let version =
+            ProtocolVersion::from_code(request.version.get()).ok_or(Status::RevisionMismatch)?;
         self.version = Some(version);
         replies.complete(&wire::QueryProtocolVersionReply {
             status: U32::new(Status::Success.code()),
@@ -419,12 +418,13 @@ impl InterruptRequest {
     /// Maps the messages.
     pub(super) fn create(self, function: &FunctionSlot) -> Result<wire::Message, Status> {
         let handles = &function.interrupts.handles;
-        let data = handles
-            .create(self.vector, self.count, self.vp)
-            .map_err(|error| match error {
-                HandleError::Full => Status::InsufficientResources,
-                _ => Status::InvalidParameter,
-            })?;
+        let data =
+            handles
+                .create(self.vector, self.count, self.vp)
+                .map_err(|error| match error {
+                    HandleError::Full => Status::InsufficientResources,
+                    _ => Status::InvalidParameter,
+                })?;
         Ok(wire::Message {
             reserved: 0.into(),
             count: self.count.into(),
@@ -496,7 +496,3 @@ fn tdisp(core: &BusCore, payload: &[u8]) -> Result<(), Status> {
     }
     Err(Status::NotSupported)
 }
-
-#[cfg(test)]
-#[path = "protocol_tests.rs"]
-mod tests;

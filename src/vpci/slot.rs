@@ -15,8 +15,8 @@ use super::function::{
     BAR_COUNT, BarSpec, DoorbellRegister, FunctionLayout, FunctionResources, PciFunction,
 };
 use super::interrupts::Interrupts;
-use super::interrupts::handles::lock;
 use super::layout::{self, LayoutError};
+use super::lock;
 use super::mmio::{MmioHandler, MmioRegion, MmioSpace};
 use crate::dma::{Dma, DmaPort};
 use crate::mem::{GuestRam, PAGE_SIZE};
@@ -319,7 +319,10 @@ fn check_doorbell(layout: &FunctionLayout, register: &DoorbellRegister) -> Resul
         .get(usize::from(bar))
         .map_or(0, |spec| spec.size());
     let len = u64::from(register.len.max(1));
-    let fits = register.offset.checked_add(len).is_some_and(|end| end <= size);
+    let fits = register
+        .offset
+        .checked_add(len)
+        .is_some_and(|end| end <= size);
     if matches!(register.len, 0 | 1 | 2 | 4 | 8) && fits {
         Ok(())
     } else {
@@ -421,7 +424,3 @@ impl MmioHandler for BarHandler {
         }
     }
 }
-
-#[cfg(test)]
-#[path = "slot_tests.rs"]
-mod tests;

@@ -11,10 +11,11 @@
 //! whoever replaces or removes the route thereby waits for the interrupt under way.
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::hv::vpci::MAX_MESSAGES;
 use crate::vmm::{Msi, MsiSink};
+use crate::vpci::lock;
 
 /// Address of every handle: the start of the local APIC's message window, below 4 GiB because a
 /// guest passes on the low half alone (docs/spec/vpci.md#71-create--delete).
@@ -292,11 +293,6 @@ fn index(address: u64, data: u32) -> Option<usize> {
     (address == u64::from(HANDLE_ADDRESS) && index < HANDLES).then_some(index)
 }
 
-pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every critical section leaves the data consistent, also when a sink panics in it.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -369,7 +365,10 @@ mod tests {
     #[test]
     fn bad_requests_map_nothing() {
         let table = table();
-        assert_eq!(table.create(0x20, 0, 0), Err(HandleError::Count { count: 0 }));
+        assert_eq!(
+            table.create(0x20, 0, 0),
+            Err(HandleError::Count { count: 0 })
+        );
         assert_eq!(
             table.create(0x20, 33, 0),
             Err(HandleError::Count { count: 33 })
@@ -416,9 +415,8 @@ mod tests {
         let table = table();
         let log = Log::default();
         table.create(0x30, 1, 1).unwrap();
-        let retarget = |data, vector, target| {
-            table.retarget(ADDRESS, data, Route { vector, target })
-        };
+        let retarget =
+            |data, vector, target| table.retarget(ADDRESS, data, Route { vector, target });
         assert_eq!(
             retarget(1, 0x40, Target::One(0)),
             Err(HandleError::Unknown { data: 1 })

@@ -25,7 +25,8 @@ use super::config::{MsiRegisters, MsixControl};
 use super::function::{FunctionLayout, InterruptLines};
 use crate::vmm::MsiSink;
 
-use handles::{HandleTable, lock};
+use super::lock;
+use handles::HandleTable;
 pub use state::{InterruptsState, MessageState, MsixEntryState, RouteState, StateError};
 
 const MSIX_ENABLED: u8 = 1;
@@ -108,7 +109,8 @@ impl Interrupts {
     /// Takes over a changed MSI-X message control. When this returns, nothing is delivered that
     /// the new setting forbids.
     pub(crate) fn set_msix_control(&self, control: MsixControl) {
-        let bits = u8::from(control.enabled) * MSIX_ENABLED | u8::from(control.masked) * MSIX_MASKED;
+        let bit = |on: bool, bit: u8| if on { bit } else { 0 };
+        let bits = bit(control.enabled, MSIX_ENABLED) | bit(control.masked, MSIX_MASKED);
         self.msix_control.store(bits, Ordering::Release);
         for (vector, entry) in self.entries.iter().enumerate() {
             let entry = lock(entry);
@@ -130,7 +132,10 @@ impl Interrupts {
             self.msi_pending.store(0, Ordering::Relaxed);
             return;
         }
-        let ready = self.msi_pending.fetch_and(registers.mask, Ordering::Relaxed) & !registers.mask;
+        let ready = self
+            .msi_pending
+            .fetch_and(registers.mask, Ordering::Relaxed)
+            & !registers.mask;
         for message in (0..32).filter(|message| ready & 1 << message != 0) {
             self.send_msi(&registers, message);
         }

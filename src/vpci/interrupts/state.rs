@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::handles::{HandleError, Route, Target};
-use super::{Entry, Interrupts, VectorCounters, lock};
+use super::{Entry, Interrupts, VectorCounters};
+use crate::vpci::lock;
 
 /// Version of [`InterruptsState`].
 const VERSION: u32 = 1;

@@ -188,7 +188,10 @@ fn msi_replaces_the_low_data_bits_and_masks_each_message() {
         [0x20, 0x22, 0x20].map(|vector| Msi::fixed(1, vector))
     );
     assert_eq!(interrupts.msi_pending(), 0b10);
-    interrupts.handles.retarget(ADDRESS, 5, to(0x99, 3)).unwrap();
+    interrupts
+        .handles
+        .retarget(ADDRESS, 5, to(0x99, 3))
+        .unwrap();
     registers.mask = 0;
     interrupts.set_msi(registers);
     assert_eq!(log.take(), [Msi::fixed(3, 0x99)]);
@@ -341,7 +344,10 @@ fn every_event_comes_out_once_while_vectors_are_masked_and_retargeted() {
             interrupts.raise(0);
             let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
             while total() < event {
-                assert!(std::time::Instant::now() < deadline, "event {event} is lost");
+                assert!(
+                    std::time::Instant::now() < deadline,
+                    "event {event} is lost"
+                );
                 std::thread::yield_now();
             }
         }
@@ -373,8 +379,12 @@ fn step() -> impl Strategy<Value = Step> {
         (0u64..4, 0u32..12).prop_map(|(v, d)| Step::Program(v, d)),
         (0u64..4, any::<bool>()).prop_map(|(v, m)| Step::Mask(v, m)),
         (any::<bool>(), any::<bool>()).prop_map(|(e, m)| Step::Control(e, m)),
-        (any::<bool>(), 0u8..3, 0u16..12, 0u32..16)
-            .prop_map(|(e, n, d, m)| Step::Msi(e, 1 << n, d, m)),
+        (any::<bool>(), 0u8..3, 0u16..12, 0u32..16).prop_map(|(e, n, d, m)| Step::Msi(
+            e,
+            1 << n,
+            d,
+            m
+        )),
         (0u16..70).prop_map(Step::Raise),
         (0u64..1100, proptest::collection::vec(any::<u8>(), 1..9))
             .prop_map(|(o, d)| Step::TableWrite(o, d)),
@@ -390,7 +400,9 @@ fn apply(interrupts: &Interrupts, step: &Step) -> Option<Result<u32, HandleError
             interrupts.handles.delete(ADDRESS, *data);
         }
         Step::Retarget(data, vector, vp) => {
-            let result = interrupts.handles.retarget(ADDRESS, *data, to(*vector, *vp));
+            let result = interrupts
+                .handles
+                .retarget(ADDRESS, *data, to(*vector, *vp));
             return Some(result.map(|()| 0));
         }
         Step::Program(vector, data) => program(interrupts, *vector, ADDRESS, *data),

@@ -1,0 +1,463 @@
+//! A vPCI bus: one VMBus channel and the functions behind it.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+
+use uuid::Uuid;
+
+use super::device_id::LogicalDeviceId;
+use super::function::{BAR_COUNT, PciFunction};
+use super::interrupts::VectorCounters;
+use super::interrupts::handles::{Route, Target};
+use super::layout::LayoutError;
+use super::lock;
+use super::mmio::MmioSpace;
+use super::protocol::{BusCore, Protocol, ProtocolCounters, Replies};
+use super::slot::{FunctionSlot, SlotHost};
+use super::window::{ConfigWindow, Functions};
+use crate::dma::DmaCounters;
+use crate::hv::HvStatus;
+use crate::hv::vpci::{CLASS_ID, MAX_PAYLOAD_LEN, ProtocolVersion};
+use crate::hypercall::RetargetInterrupt;
+use crate::mem::GuestRam;
+use crate::vmbus::ring::{PacketKind, Reservation, RingError};
+use crate::vmbus::{ChannelDevice, ChannelIdentity, OpenError, OpenedChannel};
+use crate::vmm::{Doorbells, MsiSink, Trigger, Worker, WorkerHost};
+
+/// Least room for a completion in the host-to-guest ring: that of GET_RESOURCES, with a reserve.
+const MIN_COMPLETION: usize = 256;
+
+/// What a bus is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BusConfig {
+    /// Instance GUID of the channel. Its data2 is the PCI domain that Linux gives the bus, and
+    /// with data3 it makes the [`LogicalDeviceId`]s of the functions.
+    pub instance: Uuid,
+    /// NUMA node of the functions, for guests that ask with version 1.3 or later.
+    pub numa_node: Option<u16>,
+}
+
+/// What a bus needs of its VM.
+#[derive(Debug, Clone)]
+pub struct BusHost {
+    /// Guest RAM.
+    pub ram: GuestRam,
+    /// Where the config window and the BARs live.
+    pub mmio: Arc<MmioSpace>,
+    /// Raises interrupts.
+    pub msi: Arc<dyn MsiSink>,
+    /// APIC id of each VP, by VP index.
+    pub apic_ids: Arc<[u32]>,
+    /// Doorbells, where the host has them.
+    pub doorbells: Option<Arc<dyn Doorbells>>,
+}
+
+/// Why a bus cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// Linux finds no function on a bus without function 0.
+    #[error("the bus has no function 0")]
+    NoFunction0,
+    /// Function numbers are 0 to 7.
+    #[error("function number {number} is more than 7")]
+    FunctionNumber {
+        /// Number asked for.
+        number: u8,
+    },
+    /// Two functions have one number.
+    #[error("two functions have the number {number}")]
+    DuplicateFunction {
+        /// The number.
+        number: u8,
+    },
+    /// A device describes itself in an impossible way.
+    #[error("function {number} ({kind}): {source}")]
+    Layout {
+        /// Function number.
+        number: u8,
+        /// Kind of the device.
+        kind: &'static str,
+        /// What is impossible.
+        source: LayoutError,
+    },
+    /// The VMM's loop refused the bus's worker.
+    #[error("the worker loop refused the worker of the bus")]
+    Worker(#[source] io::Error),
+}
+
+/// State of a bus, for people and tests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BusReport {
+    /// Instance GUID.
+    pub instance: Uuid,
+    /// The guest has the channel open.
+    pub open: bool,
+    /// Version in force.
+    pub version: Option<ProtocolVersion>,
+    /// Guest physical address of the config window, while in D0.
+    pub window: Option<u64>,
+    /// Counts of requests.
+    pub protocol: ProtocolCounters,
+    /// Openings that ended with a corrupt ring.
+    pub corrupt_rings: u64,
+    /// The functions, by number.
+    pub functions: Vec<FunctionReport>,
+}
+
+/// State of a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FunctionReport {
+    /// Function number.
+    pub number: u8,
+    /// Id in hypercalls.
+    pub id: LogicalDeviceId,
+    /// Kind of the device.
+    pub kind: &'static str,
+    /// Counts of each interrupt vector.
+    pub vectors: Vec<VectorCounters>,
+    /// Interrupt messages that are mapped.
+    pub live_messages: usize,
+    /// Where each BAR is mapped.
+    pub bars: [Option<u64>; BAR_COUNT],
+    /// BARs that could not be mapped where the guest wanted them.
+    pub refused_bars: u64,
+    /// Counts of DMA.
+    pub dma: DmaCounters,
+}
+
+/// An open channel.
+#[derive(Debug)]
+struct Open {
+    channel: OpenedChannel,
+    replies: Replies,
+    /// Room for the answers of the next request.
+    rooms: Option<(Reservation, Reservation)>,
+}
+
+/// What the worker works on.
+#[derive(Debug, Default)]
+pub(super) struct Channel {
+    open: Option<Open>,
+    pub(super) protocol: Protocol,
+    corrupt_rings: u64,
+}
+
+/// A vPCI bus.
+#[derive(Debug)]
+pub struct Bus {
+    config: BusConfig,
+    pub(super) core: BusCore,
+    /// A request under way, or none: see the lock order in [`crate::vpci`].
+    pub(super) channel: Mutex<Channel>,
+    /// The request being handled.
+    request: Mutex<Box<[u8; MAX_PAYLOAD_LEN]>>,
+    trigger: OnceLock<Arc<dyn Trigger>>,
+}
+
+impl Bus {
+    /// Builds a bus of devices, each with its function number, 0 to 7. Connects the devices, and
+    /// has `workers` adopt the bus's worker. The caller offers the bus as a channel.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`]; devices may have been connected by then.
+    pub fn new(
+        config: BusConfig,
+        functions: Vec<(u8, Arc<dyn PciFunction>)>,
+        host: BusHost,
+        workers: &dyn WorkerHost,
+    ) -> Result<Arc<Self>, BusError> {
+        let slot_host = SlotHost {
+            ram: host.ram,
+            mmio: host.mmio.clone(),
+            msi: host.msi,
+            apic_ids: host.apic_ids,
+            doorbells: host.doorbells,
+        };
+        let functions = Arc::new(plug(functions, &slot_host)?);
+        let bus = Arc::new(Self {
+            config,
+            core: BusCore {
+                window: Arc::new(ConfigWindow::new(functions.clone())),
+                functions,
+                mmio: host.mmio,
+                numa_node: config.numa_node,
+            },
+            channel: Mutex::default(),
+            request: Mutex::new(Box::new([0; MAX_PAYLOAD_LEN])),
+            trigger: OnceLock::new(),
+        });
+        let weak: Weak<Self> = Arc::downgrade(&bus);
+        let trigger = workers.adopt(weak).map_err(BusError::Worker)?;
+        // The cell was made a moment ago: nobody else has filled it.
+        let _ = bus.trigger.set(trigger);
+        Ok(bus)
+    }
+
+    /// The bus's name.
+    pub fn config(&self) -> &BusConfig {
+        &self.config
+    }
+
+    /// Ids of the functions in hypercalls, by function number.
+    pub fn ids(&self) -> Vec<LogicalDeviceId> {
+        let slots = self.core.functions();
+        slots.map(|slot| self.id(slot.number)).collect()
+    }
+
+    fn id(&self, number: u8) -> LogicalDeviceId {
+        LogicalDeviceId::new(&self.config.instance, number)
+    }
+
+    /// Moves an interrupt of a function to another vector and other VPs. Effective when this
+    /// returns: nothing is delivered the old way any more, and no event is lost. Never waits for a
+    /// worker (docs/spec/vpci.md#72-hvcall_retarget_interrupt-0x007e-x86).
+    ///
+    /// # Errors
+    ///
+    /// [`HvStatus::INVALID_DEVICE_ID`] if the bus has no such function,
+    /// [`HvStatus::INVALID_PARAMETER`] if the message is not one of its live ones, or the vector or
+    /// the targets are impossible.
+    pub fn retarget(&self, function: u8, request: &RetargetInterrupt) -> Result<(), HvStatus> {
+        let slot = self
+            .core
+            .functions
+            .get(usize::from(function))
+            .and_then(Option::as_ref)
+            .ok_or(HvStatus::INVALID_DEVICE_ID)?;
+        let first = request.targets.first().ok_or(HvStatus::INVALID_PARAMETER)?;
+        let target = if request.multicast && request.targets.len() > 1 {
+            Target::All(request.targets.iter().collect())
+        } else {
+            Target::One(first)
+        };
+        let route = Route {
+            vector: request.vector,
+            target,
+        };
+        let handles = &slot.interrupts.handles;
+        handles
+            .retarget(request.msi_address.into(), request.msi_data, route)
+            .map_err(|_| HvStatus::INVALID_PARAMETER)
+    }
+
+    /// The VM was reset: as [`ChannelDevice::close`], and all counts of interrupts start anew.
+    pub fn reset(&self) {
+        self.close();
+        self.core.window.select(0);
+        for slot in self.core.functions() {
+            slot.interrupts.reset_counters();
+        }
+    }
+
+    /// State for people and tests.
+    pub fn report(&self) -> BusReport {
+        let channel = lock(&self.channel);
+        let functions = self.core.functions().map(|slot| FunctionReport {
+            number: slot.number,
+            id: self.id(slot.number),
+            kind: slot.layout.kind,
+            vectors: slot.interrupts.counters(),
+            live_messages: slot.interrupts.handles.live(),
+            bars: slot.mapped_bars(),
+            refused_bars: slot.refused_bars(),
+            dma: slot.dma.counters(),
+        });
+        BusReport {
+            instance: self.config.instance,
+            open: channel.open.is_some(),
+            version: channel.protocol.version(),
+            window: channel.protocol.window(),
+            protocol: channel.protocol.counters,
+            corrupt_rings: channel.corrupt_rings,
+            functions: functions.collect(),
+        }
+    }
+
+    fn trigger(&self) {
+        if let Some(trigger) = self.trigger.get() {
+            trigger.trigger();
+        }
+    }
+
+    /// Handles at most one request. True if there may be more.
+    fn step(&self, channel: &mut Channel) -> Result<bool, RingError> {
+        let Some(open) = &mut channel.open else {
+            return Ok(false);
+        };
+        if !open.reserve()? {
+            return Ok(false);
+        }
+        let ring = &mut open.channel;
+        let mut request = lock(&self.request);
+        let Some(packet) = ring.reader.read(&mut request[..])? else {
+            if ring.reader.publish()? {
+                ring.signal.signal();
+            }
+            return ring.reader.unmask();
+        };
+        let replies = &mut open.replies;
+        let protocol = &mut channel.protocol;
+        match request.get(..packet.payload_len) {
+            _ if packet.kind == PacketKind::Completion => {}
+            Some(payload) if packet.kind == PacketKind::InBand => {
+                protocol.handle(&self.core, payload, replies);
+            }
+            _ => protocol.refuse(replies),
+        }
+        let mut signal = ring.reader.publish()?;
+        if packet.kind != PacketKind::Completion {
+            let Some((relations_room, completion_room)) = open.rooms.take() else {
+                return Ok(true);
+            };
+            if replies.relations.is_empty() {
+                ring.writer.release(relations_room);
+            } else {
+                signal |= ring.writer.send(relations_room, &replies.relations)?;
+            }
+            if packet.completion_requested {
+                signal |= ring.writer.complete(
+                    completion_room,
+                    packet.transaction_id,
+                    &replies.completion,
+                )?;
+            } else {
+                ring.writer.release(completion_room);
+            }
+        }
+        if signal {
+            ring.signal.signal();
+        }
+        Ok(true)
+    }
+}
+
+impl Open {
+    fn new(channel: OpenedChannel) -> Result<Self, OpenError> {
+        // Relations and a completion must fit side by side, with their descriptors and trailers.
+        let most = channel.writer.max_payload();
+        let beside = Replies::MAX_RELATIONS.next_multiple_of(8) + 24;
+        let limit = MAX_PAYLOAD_LEN.min(most.saturating_sub(beside));
+        if limit < MIN_COMPLETION {
+            return Err(OpenError::Ring(RingError::TooLong {
+                len: MIN_COMPLETION,
+                limit,
+            }));
+        }
+        Ok(Self {
+            channel,
+            replies: Replies::new(limit),
+            rooms: None,
+        })
+    }
+
+    /// Reserves room for the answers of the next request. False if there is none yet: the guest
+    /// signals when there is.
+    fn reserve(&mut self) -> Result<bool, RingError> {
+        if self.rooms.is_some() {
+            return Ok(true);
+        }
+        let writer = &mut self.channel.writer;
+        let Some(relations) = writer.reserve(Replies::MAX_RELATIONS)? else {
+            return Ok(false);
+        };
+        match writer.reserve(self.replies.limit)? {
+            Some(completion) => {
+                self.rooms = Some((relations, completion));
+                Ok(true)
+            }
+            None => {
+                writer.release(relations);
+                Ok(false)
+            }
+        }
+    }
+}
+
+/// Plugs devices into their slots.
+fn plug(
+    mut devices: Vec<(u8, Arc<dyn PciFunction>)>,
+    host: &SlotHost,
+) -> Result<Functions, BusError> {
+    devices.sort_by_key(|(number, _)| *number);
+    let multi_function = devices.len() > 1;
+    let mut functions = Functions::default();
+    for (number, device) in devices {
+        let place = functions
+            .get_mut(usize::from(number))
+            .ok_or(BusError::FunctionNumber { number })?;
+        if place.is_some() {
+            return Err(BusError::DuplicateFunction { number });
+        }
+        let slot = FunctionSlot::new(number, multi_function && number == 0, device.clone(), host);
+        *place = Some(slot.map_err(|source| BusError::Layout {
+            number,
+            kind: device.layout().kind,
+            source,
+        })?);
+    }
+    if functions[0].is_none() {
+        return Err(BusError::NoFunction0);
+    }
+    Ok(functions)
+}
+
+impl ChannelDevice for Bus {
+    fn identity(&self) -> ChannelIdentity {
+        ChannelIdentity {
+            class: CLASS_ID,
+            instance: self.config.instance,
+        }
+    }
+
+    fn open(&self, opened: OpenedChannel) -> Result<(), OpenError> {
+        let mut channel = lock(&self.channel);
+        if channel.open.is_some() {
+            return Err(OpenError::NotReady);
+        }
+        channel.open = Some(Open::new(opened)?);
+        drop(channel);
+        self.trigger();
+        Ok(())
+    }
+
+    fn close(&self) {
+        let mut channel = lock(&self.channel);
+        channel.open = None;
+        channel.protocol.close(&self.core);
+    }
+
+    fn signalled(&self) {
+        self.trigger();
+    }
+}
+
+impl Worker for Bus {
+    fn name(&self) -> String {
+        let (_, domain, ..) = self.config.instance.as_fields();
+        format!("vpci-{domain:04x}")
+    }
+
+    fn process(&self) -> bool {
+        let mut channel = lock(&self.channel);
+        match self.step(&mut channel) {
+            Ok(more) => more,
+            Err(error) => {
+                // The ring stays stopped until the guest closes the channel: once an opening.
+                if !matches!(error, RingError::Stopped) {
+                    channel.corrupt_rings += 1;
+                    log::warn!("{}: ring stopped: {error}", self.name());
+                }
+                false
+            }
+        }
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        // Mapped regions and functions hold each other: a reset unmaps them.
+        self.close();
+    }
+}

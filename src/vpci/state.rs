@@ -1,0 +1,150 @@
+//! Saved form of a bus.
+//!
+//! Covers what the bus emulates: protocol, config window, configuration spaces, interrupts. The
+//! channel's rings are saved by the VMBus server, a device's own state by the device.
+#![forbid(unsafe_code)]
+
+use super::bus::Bus;
+use super::interrupts::{InterruptsState, StateError};
+use super::lock;
+use super::mmio::MmioError;
+use crate::hv::vpci::ProtocolVersion;
+
+/// Version of [`BusState`].
+const VERSION: u32 = 1;
+
+/// A bus as plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BusState {
+    /// 1.
+    pub version: u32,
+    /// Protocol version in force, as on the wire.
+    pub protocol_version: Option<u32>,
+    /// Guest physical address of the config window, while in D0.
+    pub window: Option<u64>,
+    /// Slot register of the config window.
+    pub slot: u32,
+    /// The functions, by number.
+    pub functions: Vec<FunctionState>,
+}
+
+/// A function as plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FunctionState {
+    /// Function number.
+    pub number: u8,
+    /// Configuration space, as double words.
+    pub config: Vec<u32>,
+    /// Interrupts.
+    pub interrupts: InterruptsState,
+}
+
+/// Why a saved bus was refused. The bus is then as after a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// The version of the state is not known.
+    #[error("bus state has the unknown version {version}")]
+    Version {
+        /// Version found.
+        version: u32,
+    },
+    /// The protocol version is not spoken.
+    #[error("protocol version {version:#x} is not spoken")]
+    ProtocolVersion {
+        /// Version found.
+        version: u32,
+    },
+    /// The state is that of a bus with other functions.
+    #[error("the state is that of a bus with other functions")]
+    Functions,
+    /// A configuration space cannot be that of the function.
+    #[error("configuration space of function {number} does not match the device")]
+    Config {
+        /// Function number.
+        number: u8,
+    },
+    /// The config window cannot be where it was.
+    #[error(transparent)]
+    Window(#[from] MmioError),
+    /// The interrupts of a function are impossible.
+    #[error("function {number}: {source}")]
+    Interrupts {
+        /// Function number.
+        number: u8,
+        /// What is impossible.
+        source: StateError,
+    },
+}
+
+impl Bus {
+    /// The bus as plain data. The VM is paused.
+    pub fn save(&self) -> BusState {
+        let channel = lock(&self.channel);
+        let functions = self.core.functions().map(|slot| FunctionState {
+            number: slot.number,
+            config: slot.save_config(),
+            interrupts: slot.interrupts.save(),
+        });
+        BusState {
+            version: VERSION,
+            protocol_version: channel.protocol.version().map(ProtocolVersion::code),
+            window: channel.protocol.window(),
+            slot: self.core.window.slot(),
+            functions: functions.collect(),
+        }
+    }
+
+    /// Takes over a saved bus, in a VM that is paused.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError`]; the bus is then as after a reset.
+    pub fn restore(&self, state: &BusState) -> Result<(), RestoreError> {
+        self.reset();
+        let result = self.adopt_state(state);
+        if result.is_err() {
+            self.reset();
+        }
+        result
+    }
+
+    fn adopt_state(&self, state: &BusState) -> Result<(), RestoreError> {
+        if state.version != VERSION {
+            return Err(RestoreError::Version {
+                version: state.version,
+            });
+        }
+        let version = match state.protocol_version {
+            None => None,
+            Some(code) => Some(
+                ProtocolVersion::from_code(code)
+                    .ok_or(RestoreError::ProtocolVersion { version: code })?,
+            ),
+        };
+        let slots: Vec<_> = self.core.functions().collect();
+        let numbers = slots.iter().map(|slot| slot.number);
+        if !numbers.eq(state.functions.iter().map(|function| function.number)) {
+            return Err(RestoreError::Functions);
+        }
+        for (slot, saved) in slots.iter().zip(&state.functions) {
+            if !slot.accepts_config(&saved.config) {
+                return Err(RestoreError::Config {
+                    number: saved.number,
+                });
+            }
+        }
+        let mut channel = lock(&self.channel);
+        channel
+            .protocol
+            .restore(&self.core, version, state.window)?;
+        self.core.window.select(state.slot);
+        for (slot, saved) in slots.iter().zip(&state.functions) {
+            let number = saved.number;
+            slot.interrupts
+                .restore(&saved.interrupts)
+                .map_err(|source| RestoreError::Interrupts { number, source })?;
+            slot.restore_config(&saved.config, state.window.is_some());
+        }
+        Ok(())
+    }
+}
