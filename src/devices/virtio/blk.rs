@@ -25,7 +25,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::ring::Chain;
 use super::spec::blk::{self as config, HEADER_LEN, SECTOR_SIZE};
 use super::transport::{
-    DeviceSpec, Next, Request, TransferError, TransportCounters, VirtioPci, worth_logging,
+    DeviceSpec, Next, Request, TransferError, TransportCounters, VirtioPci, VirtioState,
+    VirtioStateError, worth_logging,
 };
 use crate::dma::MAX_DMA_LEN;
 use crate::vmm::{Trigger, Worker, WorkerHost};
@@ -41,6 +42,8 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const SIZE_MAX: u32 = 64 * 1024;
 /// Bytes of data in one request: what a driver that keeps to both limits can ask for.
 const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
+/// Sectors of the largest image: file offsets are signed.
+const MAX_CAPACITY: u64 = i64::MAX as u64 / SECTOR_SIZE;
 /// Requests in one step of a worker.
 const STEP_REQUESTS: usize = 32;
 /// Bytes of data after which a step of a worker ends.
@@ -112,6 +115,15 @@ pub struct BlkCounters {
     pub bytes_written: u64,
     /// How long the request that is with the host has been there.
     pub oldest: Option<Duration>,
+}
+
+/// A block function as the driver sees it, at a moment when no request is with the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BlkState {
+    /// Capacity in sectors, as the driver was last told.
+    pub capacity: u64,
+    /// Registers and queues; also carries the version.
+    pub virtio: VirtioState,
 }
 
 #[derive(Debug, Default)]
@@ -207,7 +219,7 @@ impl Blk {
         let capacity = sectors(&disk.file)?;
         Ok(disk.pci.update_config(|bytes| {
             let old = disk.capacity.swap(capacity, Ordering::AcqRel);
-            bytes[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
+            put_capacity(bytes, capacity);
             if old != capacity {
                 let file = disk.path.display();
                 info!("{file}: capacity changed from {old} to {capacity} sectors");
@@ -219,6 +231,38 @@ impl Blk {
     /// Capacity in bytes, as the driver was last told.
     pub fn capacity(&self) -> u64 {
         self.disk.capacity.load(Ordering::Acquire) * SECTOR_SIZE
+    }
+
+    /// The function's state, when its workers are stopped. The image is not part of it.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtioStateError::Busy`] if a worker runs nevertheless.
+    pub fn save(&self) -> Result<BlkState, VirtioStateError> {
+        Ok(BlkState {
+            capacity: self.disk.capacity.load(Ordering::Acquire),
+            virtio: self.disk.pci.save()?,
+        })
+    }
+
+    /// Takes over a saved state; the function must be plugged in and its workers stopped. The
+    /// driver goes on with the capacity that it knows: call [`Blk::resize`] afterwards, in case the
+    /// image has another size here.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtioStateError`] if the state is not one of such a function; nothing changes then.
+    pub fn restore(&self, state: &BlkState) -> Result<(), VirtioStateError> {
+        if state.capacity > MAX_CAPACITY {
+            let sectors = state.capacity;
+            return Err(VirtioStateError::Capacity { sectors });
+        }
+        self.disk.pci.restore(&state.virtio)?;
+        self.disk.pci.set_config(|bytes| {
+            self.disk.capacity.store(state.capacity, Ordering::Release);
+            put_capacity(bytes, state.capacity);
+        });
+        Ok(())
     }
 
     /// Counts of each queue.
@@ -301,6 +345,10 @@ fn open(config: &BlkConfig) -> Result<File, BlkError> {
     }
 }
 
+fn put_capacity(bytes: &mut [u8], sectors: u64) {
+    bytes[config::CAPACITY..][..8].copy_from_slice(&sectors.to_le_bytes());
+}
+
 /// Size of an image in sectors. Seeking also measures block devices.
 fn sectors(mut file: &File) -> io::Result<u64> {
     Ok(file.seek(SeekFrom::End(0))? / SECTOR_SIZE)
@@ -319,11 +367,11 @@ fn device_spec(blk: &BlkConfig, capacity: u64) -> DeviceSpec {
     let mut put = |offset: usize, value: &[u8]| {
         bytes[offset..][..value.len()].copy_from_slice(value);
     };
-    put(config::CAPACITY, &capacity.to_le_bytes());
     put(config::SIZE_MAX, &SIZE_MAX.to_le_bytes());
     put(config::SEG_MAX, &SEG_MAX.to_le_bytes());
     put(config::BLK_SIZE, &(SECTOR_SIZE as u32).to_le_bytes());
     put(config::NUM_QUEUES, &blk.queues.to_le_bytes());
+    put_capacity(&mut bytes, capacity);
     DeviceSpec {
         kind: "blk",
         id: VIRTIO_ID_BLOCK as u16,
@@ -534,5 +582,4 @@ fn piece(buffer: &mut [u8], left: u64) -> &mut [u8] {
 }
 
 #[cfg(test)]
-#[path = "blk_tests.rs"]
 mod tests;

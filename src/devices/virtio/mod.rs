@@ -24,6 +24,8 @@ mod transport;
 #[cfg(test)]
 mod testing;
 
-pub use blk::{Blk, BlkConfig, BlkCounters, BlkError, MAX_BLK_QUEUES};
+pub use blk::{Blk, BlkConfig, BlkCounters, BlkError, BlkState, MAX_BLK_QUEUES};
 pub use rng::{MAX_RNG_REQUEST, Rng, RngConfig, RngCounters};
-pub use transport::TransportCounters;
+pub use transport::{
+    TransportCounters, VIRTIO_STATE_VERSION, VirtioQueueState, VirtioState, VirtioStateError,
+};

@@ -9,10 +9,11 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use super::spec::NO_VECTOR;
+use super::transport::VirtioQueueState;
 use crate::dma::DmaView;
 
 /// Why a ring cannot go on. The device needs a reset then.
@@ -216,7 +217,7 @@ pub(crate) struct Ring {
     pub(crate) stale: bool,
     /// The ring was found to lie in guest memory since it became active.
     checked: bool,
-    /// The driver was told not to notify.
+    /// The driver was told not to notify since the ring was last found empty.
     suppressed: bool,
 }
 
@@ -236,8 +237,41 @@ impl Ring {
             busy: false,
             stale: false,
             checked: false,
-            suppressed: true,
+            suppressed: false,
         }
+    }
+
+    /// The driver's view of the queue.
+    pub(crate) fn save(&self) -> VirtioQueueState {
+        VirtioQueueState {
+            vector: self.vector,
+            size: self.queue.size(),
+            enabled: self.queue.ready(),
+            desc: self.queue.desc_table(),
+            driver: self.queue.avail_ring(),
+            device: self.queue.used_ring(),
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// A queue that is not active yet.
+    pub(crate) fn restore(
+        max_size: u16,
+        state: &VirtioQueueState,
+    ) -> Result<Self, virtio_queue::Error> {
+        let queue = Queue::try_from(QueueState {
+            max_size,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: false,
+            size: state.size,
+            ready: state.enabled,
+            desc_table: state.desc,
+            avail_ring: state.driver,
+            used_ring: state.device,
+        })?;
+        Ok(Self::from_queue(queue, state.vector))
     }
 
     /// Back to power-on. Returns true if that left a request of the worker without an answer to
@@ -259,7 +293,7 @@ impl Ring {
         self.features = features;
         self.active = true;
         self.checked = false;
-        self.suppressed = true;
+        self.suppressed = false;
     }
 
     pub(crate) fn size(&self) -> u16 {

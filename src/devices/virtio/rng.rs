@@ -10,7 +10,10 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::ring::Chain;
-use super::transport::{DeviceSpec, Next, Request, TransportCounters, VirtioPci, worth_logging};
+use super::transport::{
+    DeviceSpec, Next, Request, TransportCounters, VirtioPci, VirtioState, VirtioStateError,
+    worth_logging,
+};
 use crate::vmm::{Worker, WorkerHost};
 use crate::vpci::function::{DoorbellRegister, FunctionLayout, FunctionResources, PciFunction};
 
@@ -87,6 +90,24 @@ impl Rng {
         let weak: Weak<Source> = Arc::downgrade(&source);
         source.pci.set_triggers(vec![host.adopt(weak)?]);
         Ok(Arc::new(Self { source }))
+    }
+
+    /// The function's state, when its worker is stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtioStateError::Busy`] if the worker runs nevertheless.
+    pub fn save(&self) -> Result<VirtioState, VirtioStateError> {
+        self.source.pci.save()
+    }
+
+    /// Takes over a saved state; the function must be plugged in and its worker stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtioStateError`] if the state is not one of such a function; nothing changes then.
+    pub fn restore(&self, state: &VirtioState) -> Result<(), VirtioStateError> {
+        self.source.pci.restore(state)
     }
 
     /// Counts since the function was made.
@@ -175,5 +196,4 @@ impl Source {
 }
 
 #[cfg(test)]
-#[path = "rng_tests.rs"]
 mod tests;

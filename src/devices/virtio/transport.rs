@@ -16,16 +16,21 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::ring::{Chain, Fault, Popped, Ring, RingArea, RingError};
+use super::ring::{Ring, RingArea};
 use super::spec::{
-    CapType, ISR_CONFIG, ISR_QUEUE, NO_VECTOR, PCI_CAP_VENDOR, PCI_DEVICE_BASE, PCI_REVISION,
-    PCI_VENDOR, common,
+    CapType, ISR_CONFIG, NO_VECTOR, PCI_CAP_VENDOR, PCI_DEVICE_BASE, PCI_REVISION, PCI_VENDOR,
+    common,
 };
-use crate::dma::{DmaView, MAX_DMA_LEN};
 use crate::vmm::Trigger;
 use crate::vpci::function::{
     BarSpec, Capability, DoorbellRegister, FunctionLayout, FunctionResources, MsixSpec, PciIdentity,
 };
+
+mod request;
+mod state;
+
+pub(super) use request::{Next, Request, TransferError};
+pub use state::{VIRTIO_STATE_VERSION, VirtioQueueState, VirtioState, VirtioStateError};
 
 /// The BAR of all structures.
 const BAR: u8 = 0;
@@ -137,26 +142,6 @@ pub(super) struct VirtioPci {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-/// Why a request's memory was not reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TransferError {
-    /// The range is not part of the request's buffers, or these are not in guest memory.
-    Fault,
-    /// The device was reset or broke down: there is nobody to answer.
-    Gone,
-}
-
-/// What [`VirtioPci::pop`] found.
-#[derive(Debug)]
-pub(super) enum Next<'a> {
-    /// A request to serve.
-    Request(Request<'a>),
-    /// Nothing to do until the queue is notified.
-    Idle,
-    /// Nothing now, but look again soon.
-    Again,
 }
 
 impl VirtioPci {
@@ -540,6 +525,11 @@ impl VirtioPci {
         }
     }
 
+    /// Sets the device configuration without a word to the driver.
+    pub(super) fn set_config(&self, set: impl FnOnce(&mut [u8])) {
+        set(&mut lock(&self.registers).config);
+    }
+
     /// Lets `update` change the device configuration; tells the driver if it did, and returns that.
     pub(super) fn update_config(&self, update: impl FnOnce(&mut [u8]) -> bool) -> bool {
         let mut regs = lock(&self.registers);
@@ -564,160 +554,6 @@ impl VirtioPci {
             && let Some(resources) = self.resources.get()
         {
             resources.interrupts.raise(vector);
-        }
-    }
-
-    /// Runs `f` on an active ring under the DMA guard. `f` returns its result and whether the
-    /// driver wants an interrupt.
-    fn session<R>(
-        &self,
-        queue: usize,
-        epoch: Option<u64>,
-        f: impl FnOnce(&mut Ring, &DmaView<'_>) -> Result<(R, bool), RingError>,
-    ) -> Result<R, TransferError> {
-        let (Some(ring), Some(resources)) = (self.rings.get(queue), self.resources.get()) else {
-            return Err(TransferError::Gone);
-        };
-        let mut ring = lock(ring);
-        if !ring.active || epoch.is_some_and(|epoch| epoch != ring.epoch) {
-            return Err(TransferError::Gone);
-        }
-        // Without bus mastering a new request waits; one under way can never be answered.
-        let answer = resources.dma.session(|view| f(&mut ring, view));
-        let error = match answer {
-            Ok(Ok((value, interrupt))) => {
-                if interrupt {
-                    self.interrupt(ISR_QUEUE, ring.vector);
-                }
-                return Ok(value);
-            }
-            Ok(Err(error)) => error,
-            Err(_) if epoch.is_none() => return Err(TransferError::Gone),
-            Err(_) => RingError::NoAnswer,
-        };
-        let epoch = ring.epoch;
-        drop(ring);
-        self.fail(queue, epoch, &error);
-        Err(TransferError::Gone)
-    }
-
-    /// Stops the device until the driver resets it (virtio 1.2, 2.1.2).
-    fn fail(&self, queue: usize, epoch: u64, error: &RingError) {
-        let mut regs = lock(&self.registers);
-        if lock(&self.rings[queue]).epoch != epoch || regs.status & NEEDS_RESET != 0 {
-            return;
-        }
-        if worth_logging(self.broken.fetch_add(1, Ordering::Relaxed)) {
-            warn!(
-                "virtio {}: queue {queue}: {error}; the device needs a reset",
-                self.spec.kind
-            );
-        }
-        self.deactivate();
-        regs.status |= NEEDS_RESET;
-        self.config_interrupt(&regs);
-    }
-
-    /// Takes the next request of a queue. Only for the queue's worker, and one at a time.
-    pub(super) fn pop<'a>(&'a self, queue: usize, chain: &'a mut Chain) -> Next<'a> {
-        let popped = self.session(queue, None, |ring, view| {
-            let popped = ring.pop(view, chain)?;
-            ring.busy = popped == Popped::Chain;
-            Ok(((popped, ring.epoch, ring.features), false))
-        });
-        match popped {
-            Ok((Popped::Chain, epoch, features)) => Next::Request(Request {
-                pci: self,
-                queue,
-                epoch,
-                features,
-                chain,
-            }),
-            Ok((Popped::Again, ..)) => Next::Again,
-            Ok((Popped::Empty, ..)) | Err(_) => Next::Idle,
-        }
-    }
-}
-
-/// A request that the driver made available and that is not answered yet. Dropping it without an
-/// answer is right only when the device was reset meanwhile.
-#[derive(Debug)]
-pub(super) struct Request<'a> {
-    pci: &'a VirtioPci,
-    queue: usize,
-    epoch: u64,
-    features: u64,
-    chain: &'a Chain,
-}
-
-impl Request<'_> {
-    /// True if the driver accepted feature bit `bit`.
-    pub(super) fn has_feature(&self, bit: u32) -> bool {
-        self.features & (1 << bit) != 0
-    }
-
-    /// Bytes for the device to read.
-    pub(super) fn readable_len(&self) -> u64 {
-        self.chain.readable.len()
-    }
-
-    /// Bytes for the device to write.
-    pub(super) fn writable_len(&self) -> u64 {
-        self.chain.writable.len()
-    }
-
-    /// Copies at most [`MAX_DMA_LEN`] bytes at `offset` of the readable ones.
-    pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), TransferError> {
-        debug_assert!(buf.len() <= MAX_DMA_LEN);
-        self.transfer(|view| self.chain.readable.read(view, offset, buf))
-    }
-
-    /// Copies at most [`MAX_DMA_LEN`] bytes to `offset` of the writable ones.
-    pub(super) fn write(&self, offset: u64, buf: &[u8]) -> Result<(), TransferError> {
-        debug_assert!(buf.len() <= MAX_DMA_LEN);
-        self.transfer(|view| self.chain.writable.write(view, offset, buf))
-    }
-
-    fn transfer(
-        &self,
-        copy: impl FnOnce(&DmaView<'_>) -> Result<(), Fault>,
-    ) -> Result<(), TransferError> {
-        let copied = self.pci.session(self.queue, Some(self.epoch), |_, view| {
-            Ok((copy(view), false))
-        })?;
-        copied.map_err(|Fault| TransferError::Fault)
-    }
-
-    /// Answers: writes `answer` to `offset` of the writable bytes, returns the chain with `len`
-    /// written bytes, and interrupts the driver if it wants that. Nothing happens if the device was
-    /// reset meanwhile.
-    pub(super) fn complete(self, offset: u64, answer: &[u8], len: u32) {
-        // An error has already been dealt with, and there is nobody else to tell.
-        let _ = self
-            .pci
-            .session(self.queue, Some(self.epoch), |ring, view| {
-                self.chain
-                    .writable
-                    .write(view, offset, answer)
-                    .map_err(|Fault| RingError::NoAnswer)?;
-                let interrupt = ring.push(view, self.chain.head, len)?;
-                ring.busy = false;
-                Ok(((), interrupt))
-            });
-    }
-
-    /// Gives up: there is no way to answer.
-    pub(super) fn fail(self) {
-        self.pci.fail(self.queue, self.epoch, &RingError::NoAnswer);
-    }
-}
-
-impl Drop for Request<'_> {
-    fn drop(&mut self) {
-        let mut ring = lock(&self.pci.rings[self.queue]);
-        ring.busy = false;
-        if std::mem::take(&mut ring.stale) {
-            self.pci.stale.fetch_sub(1, Ordering::Release);
         }
     }
 }
@@ -755,5 +591,4 @@ fn copy_from(source: &[u8], offset: u64, data: &mut [u8]) {
 }
 
 #[cfg(test)]
-#[path = "transport_tests.rs"]
 mod tests;

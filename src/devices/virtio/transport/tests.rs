@@ -1,12 +1,15 @@
 //! Tests of the transport: register rules, hostile rings, resets while requests are under way.
 
 use super::*;
+use crate::devices::virtio::ring::Chain;
 use crate::devices::virtio::testing::{
     Descriptor, DriverQueue, EVENT_IDX, Guest, INDIRECT, ISR_PAGE, ManualHost, NOTIFY_PAGE,
     RAM_SIZE, VERSION_1, into, out,
 };
 use crate::vmm::{Worker, WorkerHost};
 use crate::vpci::function::PciFunction;
+
+mod model;
 
 const DATA: u64 = 0x10_0000;
 const ACCESS_PLATFORM: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM;
