@@ -92,7 +92,9 @@ fn parse(record: &str) -> Option<(u8, u64, Option<KmsgLine>)> {
     let level = (priority & 7) as u8;
     let from_kernel = priority >> 3 == 0;
     // Lines after the first are key=value pairs about the device.
-    let text = clip(text.lines().next().unwrap_or_default());
+    let text = text.lines().next().unwrap_or_default();
+    // The kernel escapes the line ends inside of a record.
+    let text = clip(&text.replace("\\x0a", " "));
     let line = from_kernel.then_some(KmsgLine {
         level,
         time_us,
@@ -135,8 +137,10 @@ mod tests {
             "5,2,20,-;Call Trace:\n",
             "30,3,30,-;written by user space\n",
             "28,4,40,-;a warning of user space\n",
+            "6,5,50,-;two lines\\x0aBUG: in the second\n",
         ]);
-        assert_eq!((report.records, report.noteworthy, report.lost), (5, 2, 0));
+        assert_eq!((report.records, report.noteworthy, report.lost), (6, 3, 0));
+        assert_eq!(report.lines[2].text, "two lines BUG: in the second");
         assert_eq!(report.lines[0].text, "a warning");
         assert_eq!(report.lines[0].time_us, 10);
         assert_eq!(report.lines[1].level, 5);
