@@ -8,7 +8,10 @@ pub mod hv;
 pub mod hypercall;
 pub mod mem;
 pub mod msr;
+pub mod partition;
 pub mod synic;
 pub mod vmbus;
 pub mod vmm;
 pub mod vpci;
+
+pub use partition::{BusSpec, Partition, PartitionConfig, PartitionHost};

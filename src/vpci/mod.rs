@@ -40,6 +40,7 @@ pub mod interrupts;
 pub mod layout;
 pub mod mmio;
 mod protocol;
+pub mod registry;
 mod slot;
 mod state;
 mod window;

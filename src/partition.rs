@@ -1,0 +1,343 @@
+//! The façade: one object that a VMM builds, hands exits to, and plugs functions into.
+//!
+//! ```text
+//!   vCPU exits                 Partition                        workers
+//!   ----------   ------------------------------------------   -----------
+//!   MSR      --> PartitionMsrs, UserSynic
+//!   OUT port --> hypercall::dispatch --> VmBus (enqueue) ....> vmbus
+//!                                    \-> Bus::retarget
+//!   MMIO     --> MmioSpace --> config window, BARs, MSI-X
+//!                              ring signal ..................> vpci-<n>
+//! ```
+//!
+//! Lock order: the partition's own lock guards plugging and unplugging only; it is taken before
+//! any lock of a layer below, and never by an exit.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use uuid::Uuid;
+
+use crate::cpuid::{self, CpuidConfig, CpuidLeaf, Features};
+use crate::hv::HvStatus;
+use crate::hypercall::{
+    CallCounters, CallRegisters, Dispatcher, InterruptGroup, MessageCalls, MessageGroup, Outcome,
+    PostMessage,
+};
+use crate::mem::GuestRam;
+use crate::msr::{GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
+use crate::synic::SynicPort;
+use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
+use crate::vmbus::{OfferError, VmBus, VmBusConfig, VmBusCounters};
+use crate::vmm::{Clock, Doorbells, MsiSink, WorkerHost};
+use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
+use crate::vpci::function::PciFunction;
+use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
+use crate::vpci::registry::{DeviceRegistry, DuplicateId};
+
+/// Most virtual CPUs of a partition: Linux's Hyper-V maximum on x86
+/// (docs/spec/hyperv-guest-interface.md, section 7).
+pub const MAX_VPS: usize = 2048;
+
+/// What the VM is made of, as far as this library needs to know.
+#[derive(Debug, Clone)]
+pub struct PartitionConfig {
+    /// APIC id of each virtual CPU; the position is the VP index. 1 to 2048 entries.
+    pub apic_ids: Vec<u32>,
+    /// Frequency of the guest's TSC in Hz.
+    pub tsc_hz: u64,
+    /// Input clock of the local APIC timer in Hz (10^9 for KVM's in-kernel APIC unless changed).
+    pub apic_hz: u64,
+    /// Guest physical ranges for vPCI buses: the same that the firmware describes as the VMBus
+    /// device's `_CRS` (docs/spec/hyperv-guest-interface.md, sections 11.1 and 12).
+    pub mmio: Vec<Range<u64>>,
+    /// Optional parts of the interface.
+    pub features: Features,
+    /// One-byte I/O port that the hypercall page writes (docs/spec/kvm.md, section 6.1).
+    pub hypercall_port: u8,
+    /// Limits of the VMBus server.
+    pub vmbus: VmBusConfig,
+}
+
+/// What the VMM provides.
+#[derive(Debug, Clone)]
+pub struct PartitionHost {
+    /// Guest RAM.
+    pub ram: GuestRam,
+    /// Raises interrupts.
+    pub msi: Arc<dyn MsiSink>,
+    /// Runs workers.
+    pub workers: Arc<dyn WorkerHost>,
+    /// The partition's reference time.
+    pub clock: Arc<dyn Clock>,
+    /// Doorbells, where the host has them.
+    pub doorbells: Option<Arc<dyn Doorbells>>,
+}
+
+/// Why a partition could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PartitionError {
+    /// The number of virtual CPUs is out of range.
+    #[error("{count} virtual CPUs; a partition has 1 to {MAX_VPS}")]
+    VpCount {
+        /// Number asked for.
+        count: usize,
+    },
+    /// A register of the partition cannot work as configured.
+    #[error(transparent)]
+    Msr(#[from] MsrError),
+    /// An MMIO range is malformed, or overlaps RAM or another one.
+    #[error(transparent)]
+    Mmio(#[from] MmioError),
+    /// The VMM's loop refused the VMBus worker.
+    #[error("the worker loop refused a worker")]
+    Worker(#[source] io::Error),
+}
+
+/// Why a bus was not plugged in. Nothing has changed and the guest was told nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// Two live functions would share a logical device id.
+    #[error(transparent)]
+    DuplicateId(#[from] DuplicateId),
+    /// The bus or a function of it is malformed.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// VMBus cannot offer another channel, or the instance GUID is taken.
+    #[error(transparent)]
+    Offer(#[from] OfferError),
+}
+
+/// A bus to plug in: its instance GUID and its functions.
+#[derive(Debug)]
+pub struct BusSpec {
+    /// Instance GUID. Linux takes the PCI domain of the bus from its data2, which must be 1 to
+    /// 0x7FFF and should be unique (docs/spec/vpci.md, section 1.1).
+    pub instance: Uuid,
+    /// Functions with their function numbers, 0 to 7.
+    pub functions: Vec<(u8, Arc<dyn PciFunction>)>,
+}
+
+/// Counts since the partition was created.
+#[derive(Debug, Clone)]
+pub struct PartitionCounters {
+    /// Hypercalls by code and status.
+    pub hypercalls: CallCounters,
+    /// SynIC messages and events.
+    pub synic: SynicCounters,
+    /// VMBus control messages.
+    pub vmbus: VmBusCounters,
+    /// MMIO accesses.
+    pub mmio: MmioCounters,
+}
+
+/// A guest partition as Hyper-V would show it, as far as passed-through PCI devices go.
+///
+/// All methods take `&self` and may be called from any thread. Those for exits run in place on the
+/// virtual CPU's thread and never wait for a worker.
+#[derive(Debug)]
+pub struct Partition {
+    cpuid: CpuidConfig,
+    apic_ids: Arc<[u32]>,
+    host: PartitionHost,
+    msrs: PartitionMsrs,
+    synic: Arc<UserSynic>,
+    vmbus: Arc<VmBus>,
+    calls: Dispatcher,
+    mmio: Arc<MmioSpace>,
+    registry: Arc<DeviceRegistry>,
+    /// Buses in the order in which they were plugged in. Held while plugging and resetting only.
+    buses: Mutex<Vec<Arc<Bus>>>,
+}
+
+impl Partition {
+    /// Builds a partition with an empty VMBus.
+    ///
+    /// # Errors
+    ///
+    /// [`PartitionError`], naming what cannot work.
+    pub fn new(config: PartitionConfig, host: PartitionHost) -> Result<Self, PartitionError> {
+        let count = config.apic_ids.len();
+        if count == 0 || count > MAX_VPS {
+            return Err(PartitionError::VpCount { count });
+        }
+        let vp_count = count as u32;
+        let apic_ids: Arc<[u32]> = config.apic_ids.into();
+        let msr_config = MsrConfig {
+            vp_count,
+            features: config.features,
+            hypercall_port: config.hypercall_port,
+            tsc_hz: config.tsc_hz,
+            apic_hz: config.apic_hz,
+        };
+        let msrs = PartitionMsrs::new(msr_config, host.ram.clone(), host.clock.clone())?;
+        let synic_config = SynicConfig {
+            apic_ids: apic_ids.clone(),
+            queue_limit: DEFAULT_QUEUE_LIMIT,
+        };
+        let synic = Arc::new(UserSynic::new(
+            &synic_config,
+            host.ram.clone(),
+            host.msi.clone(),
+        ));
+        let port: Arc<dyn SynicPort> = synic.clone();
+        let vmbus = VmBus::new(config.vmbus, host.ram.clone(), port, &*host.workers)
+            .map_err(PartitionError::Worker)?;
+        let mmio = MmioSpace::new(host.ram.clone(), config.mmio)?;
+        let registry = Arc::new(DeviceRegistry::default());
+        let calls = Dispatcher::new(host.ram.clone(), config.features)
+            .with_group(Arc::new(MessageGroup::new(Arc::new(Connections {
+                vmbus: vmbus.clone(),
+            }))))
+            .with_group(Arc::new(InterruptGroup::new(registry.clone(), vp_count)));
+        Ok(Self {
+            cpuid: CpuidConfig {
+                vp_count,
+                features: config.features,
+            },
+            apic_ids,
+            host,
+            msrs,
+            synic,
+            vmbus,
+            calls,
+            mmio,
+            registry,
+            buses: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The CPUID leaves to merge into every virtual CPU's table, after dropping every other leaf
+    /// of 0x40000000..=0x400000FF.
+    pub fn cpuid_leaves(&self) -> Vec<CpuidLeaf> {
+        cpuid::leaves(&self.cpuid)
+    }
+
+    /// The I/O port whose 4-byte writes are hypercalls.
+    pub fn hypercall_port(&self) -> u8 {
+        self.msrs.hypercall_port()
+    }
+
+    /// A guest read of an MSR of 0x40000000..=0x400001FF on VP `vp`.
+    ///
+    /// # Errors
+    ///
+    /// [`GpFault`]: inject #GP(0).
+    pub fn read_msr(&self, vp: u32, msr: u32) -> Result<u64, GpFault> {
+        if UserSynic::owns_msr(msr) {
+            self.synic.read_msr(vp, msr)
+        } else {
+            self.msrs.read(vp, msr)
+        }
+    }
+
+    /// A guest write of an MSR of 0x40000000..=0x400001FF on VP `vp`. The effect says what the VMM
+    /// has to do besides.
+    ///
+    /// # Errors
+    ///
+    /// [`GpFault`]: inject #GP(0).
+    pub fn write_msr(&self, vp: u32, msr: u32, value: u64) -> Result<MsrEffect, GpFault> {
+        if UserSynic::owns_msr(msr) {
+            self.synic.write_msr(vp, msr, value)?;
+            Ok(MsrEffect::None)
+        } else {
+            self.msrs.write(vp, msr, value)
+        }
+    }
+
+    /// A hypercall: a 4-byte write to [`Partition::hypercall_port`].
+    pub fn hypercall(&self, registers: &mut dyn CallRegisters) -> Outcome {
+        self.calls.call(self.msrs.hypercalls_enabled(), registers)
+    }
+
+    /// A guest load of 1, 2, 4 or 8 bytes from `gpa`. False if the address is not in an MMIO range
+    /// of this partition; `data` is unchanged then.
+    pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        self.mmio.mmio_read(gpa, data)
+    }
+
+    /// A guest store of 1, 2, 4 or 8 bytes to `gpa`. False if the address is not in an MMIO range
+    /// of this partition.
+    pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
+        self.mmio.mmio_write(gpa, data)
+    }
+
+    /// Plugs in a bus with its functions and offers it to the guest, now or when it connects.
+    ///
+    /// # Errors
+    ///
+    /// [`PlugError`]; the partition and the guest are as before then.
+    pub fn plug(&self, spec: BusSpec) -> Result<(), PlugError> {
+        let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        let numbers: Vec<u8> = spec.functions.iter().map(|(number, _)| *number).collect();
+        self.registry.check(&spec.instance, &numbers)?;
+        let host = BusHost {
+            ram: self.host.ram.clone(),
+            mmio: self.mmio.clone(),
+            msi: self.host.msi.clone(),
+            apic_ids: self.apic_ids.clone(),
+            doorbells: self.host.doorbells.clone(),
+        };
+        let config = BusConfig {
+            instance: spec.instance,
+            numa_node: None,
+        };
+        let bus = Bus::new(config, spec.functions, host, &*self.host.workers)?;
+        // Registered before the offer: the guest may retarget as soon as it knows the bus.
+        self.registry.insert(&bus)?;
+        if let Err(error) = self.vmbus.offer(bus.clone()) {
+            self.registry.remove(&bus);
+            return Err(error.into());
+        }
+        buses.push(bus);
+        Ok(())
+    }
+
+    /// The VM is being reset: connection, domains, devices and registers go back to their
+    /// power-on state; buses stay plugged in. Call it while no virtual CPU runs.
+    pub fn reset(&self) {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        self.vmbus.reset();
+        for bus in &*buses {
+            bus.reset();
+        }
+        self.synic.reset();
+        self.msrs.reset();
+    }
+
+    /// What is plugged in, with its interrupt and DMA counts, in order of plugging.
+    pub fn buses(&self) -> Vec<BusReport> {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        buses.iter().map(|bus| bus.report()).collect()
+    }
+
+    /// Counts since the partition was created.
+    pub fn counters(&self) -> PartitionCounters {
+        PartitionCounters {
+            hypercalls: self.calls.counters(),
+            synic: self.synic.counters(),
+            vmbus: self.vmbus.counters(),
+            mmio: self.mmio.counters(),
+        }
+    }
+}
+
+/// The message and event hypercalls, answered by VMBus: no other connection exists.
+#[derive(Debug)]
+struct Connections {
+    vmbus: Arc<VmBus>,
+}
+
+impl MessageCalls for Connections {
+    fn post_message(&self, message: &PostMessage<'_>) -> Result<(), HvStatus> {
+        self.vmbus
+            .post_message(message.connection_id, message.message_type, message.payload)
+    }
+
+    fn signal_event(&self, connection_id: u32, flag: u16) -> Result<(), HvStatus> {
+        self.vmbus.signal_event(connection_id, flag)
+    }
+}
