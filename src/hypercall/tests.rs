@@ -11,6 +11,7 @@ use crate::hv::hypercall::{
 use crate::mem::{GuestRam, PAGE_SIZE, RamMap};
 
 mod calls;
+mod properties;
 mod rep;
 
 pub(super) const RAM_SIZE: usize = 0x4000;

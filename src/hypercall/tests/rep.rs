@@ -55,7 +55,8 @@ impl CallGroup for TestGroup {
             if call.code == NEXT {
                 output[index * 8..][..8].copy_from_slice(&(word + 1).to_le_bytes());
             } else {
-                *self.sum.lock().unwrap() += word;
+                let mut sum = self.sum.lock().unwrap();
+                *sum = sum.wrapping_add(word);
             }
             done += 1;
         }

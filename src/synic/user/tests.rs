@@ -6,6 +6,9 @@ use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use crate::mem::{PAGE_SIZE, RamMap};
 use crate::vmm::Msi;
 
+mod model;
+mod stress;
+
 pub(super) const SIMP_PAGE: u64 = 0x2000;
 pub(super) const SIEFP_PAGE: u64 = 0x3000;
 const SLOT2: u64 = SIMP_PAGE + 0x200;
