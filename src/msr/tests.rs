@@ -312,6 +312,8 @@ fn any_value() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn a_faulting_write_changes_neither_registers_nor_memory(
         writes in proptest::collection::vec((0u32..3, any_msr(), any_value()), 1..60)
