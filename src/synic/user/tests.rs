@@ -318,14 +318,15 @@ fn an_event_sets_its_flag_and_raises_only_when_it_was_clear() {
     assert_eq!(bed.synic.signal_event(0, 2, 2047), Ok(()));
     assert_eq!(bed.synic.signal_event(0, 2, 2047), Ok(()));
     assert_eq!(bed.synic.signal_event(0, 2, 33), Ok(()));
+    assert_eq!(bed.synic.signal_event(0, 2, 34), Ok(()));
     assert_eq!(
         bed.ram.load_u32(FLAGS2 + 0xfc, Ordering::SeqCst),
         Ok(1 << 31)
     );
-    assert_eq!(bed.ram.load_u32(FLAGS2 + 4, Ordering::SeqCst), Ok(1 << 1));
-    assert_eq!(bed.sink.take().len(), 2);
+    assert_eq!(bed.ram.load_u32(FLAGS2 + 4, Ordering::SeqCst), Ok(3 << 1));
+    assert_eq!(bed.sink.take().len(), 3);
     let counters = bed.synic.counters();
-    assert_eq!((counters.events, counters.events_merged), (2, 1));
+    assert_eq!((counters.events, counters.events_merged), (3, 1));
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
+use vm_memory::{GuestMemoryBackend, VolatileMemory};
+
 const CHANNELS: usize = 40;
 const HOSTS: usize = 3;
 const EVENTS: u64 = 8_000;
@@ -170,4 +172,57 @@ fn no_message_event_or_interrupt_is_lost_between_threads() {
         HOSTS as u64 * EVENTS
     );
     assert_eq!(counters.interrupts, counters.delivered + counters.events);
+}
+
+/// Waits until `clock` reaches `time`.
+fn wait_for(clock: &AtomicU32, time: u32) {
+    let mut spins = 0;
+    while clock.load(Ordering::SeqCst) < time {
+        spins += 1;
+        match spins % 1000 {
+            0 => thread::yield_now(),
+            _ => std::hint::spin_loop(),
+        }
+    }
+}
+
+#[test]
+fn a_slot_freed_while_the_next_message_is_posted_gets_that_message() {
+    const ROUNDS: u32 = 6_000;
+    let bed = Bed::linux(1, 4);
+    let (go, freed) = (AtomicU32::new(0), AtomicU32::new(0));
+    let mut stuck = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // The guest's own accesses are much faster than the host's, so they fall in between.
+            let map = bed.ram.memory();
+            let slot = map.get_slice(GuestAddress(SLOT2), 8).unwrap();
+            let owner = slot.get_atomic_ref::<AtomicU32>(0).unwrap();
+            let flags = slot.get_atomic_ref::<AtomicU32>(4).unwrap();
+            for round in 1..=ROUNDS {
+                wait_for(&go, round);
+                // Sweeps over the steps of the delivery.
+                for _ in 0..round % 200 {
+                    std::hint::spin_loop();
+                }
+                owner.swap(0, Ordering::SeqCst);
+                if flags.load(Ordering::SeqCst) & 1 << 8 != 0 {
+                    bed.eom();
+                }
+                freed.store(round, Ordering::SeqCst);
+            }
+        });
+        for round in 1..=ROUNDS {
+            bed.post(b"first");
+            go.store(round, Ordering::SeqCst);
+            bed.post(b"second");
+            wait_for(&freed, round);
+            if bed.slot().2 != b"second" {
+                stuck.push(round);
+                bed.synic.discard_messages(2);
+            }
+            bed.consume();
+        }
+    });
+    assert_eq!(stuck, [0; 0]);
 }
