@@ -20,7 +20,7 @@ const VECTORS: std::ops::RangeInclusive<u32> = 0x10..=0xff;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RetargetInterrupt {
     /// Logical device id as the guest gave it. Its low 32 bits name the device: Linux sign-extends
-    /// them (docs/spec/pviommu.md, "Logical device id").
+    /// them (docs/spec/pviommu.md, section 1).
     pub device_id: u64,
     /// Handle of the interrupt: MSI address. Its upper half is zero.
     pub msi_address: u32,
