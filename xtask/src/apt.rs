@@ -3,6 +3,7 @@
 
 use crate::cache::Cache;
 use crate::cache::Kind;
+use crate::cache::Lock;
 use crate::command;
 use crate::deb;
 use crate::deb::Package;
@@ -84,6 +85,10 @@ fn require_apt() -> Result<()> {
     Ok(())
 }
 
+fn mirror() -> String {
+    std::env::var(MIRROR_VARIABLE).unwrap_or_else(|_| MIRROR.into())
+}
+
 /// One suite of the archive, with package-manager state of its own in the cache: neither the
 /// machine's sources nor its index are read or changed. Its other settings, such as a proxy, hold.
 #[derive(Debug)]
@@ -107,12 +112,18 @@ impl<'a> Suite<'a> {
             name,
             folder: cache.folder(Kind::Apt)?.join(name),
         };
-        let _lock = cache.lock(&format!("apt-{name}"))?;
+        let lock = suite.lock()?;
         suite.write_configuration()?;
         if suite.index_is_stale() {
             suite.update()?;
         }
+        drop(lock);
         Ok(suite)
+    }
+
+    /// Keeps other runs from changing the state of this suite meanwhile.
+    fn lock(&self) -> Result<Lock> {
+        self.cache.lock(&format!("apt-{}", self.name))
     }
 
     fn write_configuration(&self) -> Result<()> {
@@ -124,8 +135,11 @@ impl<'a> Suite<'a> {
             fs::create_dir_all(self.folder.join(folder))?;
         }
         fs::write(self.folder.join("status"), "")?;
-        let mirror = std::env::var(MIRROR_VARIABLE).unwrap_or_else(|_| MIRROR.into());
-        let source = format!("deb [signed-by={KEYRING}] {mirror} {} main\n", self.name);
+        let source = format!(
+            "deb [signed-by={KEYRING}] {} {} main\n",
+            mirror(),
+            self.name
+        );
         let list = self.folder.join("sources.list");
         if fs::read_to_string(&list).is_ok_and(|old| old == source) {
             return Ok(());
@@ -148,7 +162,7 @@ impl<'a> Suite<'a> {
 
     /// Fetches the index again, however old it is.
     pub(crate) fn refresh(&self) -> Result<()> {
-        let _lock = self.cache.lock(&format!("apt-{}", self.name))?;
+        let _lock = self.lock()?;
         self.update()
     }
 
@@ -158,14 +172,16 @@ impl<'a> Suite<'a> {
         command.args(["update", "--error-on=any"]);
         match command::run_on_stderr(&mut command) {
             Ok(()) => Ok(fs::write(self.stamp(), "")?),
-            Err(error) if self.stamp().exists() => {
-                eprintln!("warning: going on with an older index: {error:#}");
+            Err(_) if self.stamp().exists() => {
+                eprintln!("warning: going on with an older index of {}", self.name);
                 Ok(())
             }
-            Err(error) => {
+            Err(_) => {
                 let text = format!(
-                    "no index of {}: {error:#} ({MIRROR_VARIABLE} names another mirror)",
-                    self.name
+                    "cannot fetch the index of {} from {} (see above); {MIRROR_VARIABLE} names \
+                     another mirror",
+                    self.name,
+                    mirror()
                 );
                 Err(Failure::Lacking(text).into())
             }
@@ -175,6 +191,7 @@ impl<'a> Suite<'a> {
     fn apt(&self, program: &str) -> Command {
         let folder = |name: &str| self.folder.join(name).display().to_string();
         let mut command = Command::new(program);
+        command.env("LC_ALL", "C");
         for (key, value) in [
             ("Dir::State", folder("state")),
             ("Dir::State::status", folder("status")),
@@ -202,10 +219,11 @@ impl<'a> Suite<'a> {
     pub(crate) fn versions(&self, name: &str) -> Result<Vec<Package>> {
         let mut command = self.apt("apt-cache");
         command.args(["show", "--all-versions", name]);
-        // apt-cache fails for an unknown package as it does for a broken index; the index was
-        // checked when it was fetched.
-        let Ok(text) = command::output(&mut command) else {
-            return Ok(Vec::new());
+        let _lock = self.lock()?;
+        let text = match command::output(&mut command) {
+            Ok(text) => text,
+            Err(error) if error.to_string().contains("No packages found") => return Ok(Vec::new()),
+            Err(error) => return Err(error),
         };
         let packages = deb::parse_packages(&text)
             .with_context(|| format!("index of {}: package {name}", self.name))?;

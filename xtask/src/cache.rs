@@ -200,11 +200,12 @@ fn lock_file(root: &Path, name: &str) -> Result<File> {
     let path = folder.join(name);
     fs::create_dir_all(&folder)
         .and_then(|()| File::options().create(true).append(true).open(&path))
-        .with_context(|| {
-            format!(
-                "cannot open {} (VPCI_CACHE names another place)",
+        .map_err(|error| {
+            let text = format!(
+                "cannot open {}: {error}; VPCI_CACHE names another place",
                 path.display()
-            )
+            );
+            Failure::Lacking(text).into()
         })
 }
 

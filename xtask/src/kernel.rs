@@ -24,6 +24,11 @@ use std::path::PathBuf;
 /// Changes with what is stored of a kernel, so that older cache entries are not used.
 const LAYOUT: &str = "1";
 
+/// Versions kept of a family.
+const KEEP_KERNELS: usize = 2;
+/// Package files kept; all families together have about a dozen.
+const KEEP_PACKAGES: usize = 24;
+
 /// Metapackage that depends on the newest kernel of a suite.
 const METAPACKAGE: &str = "linux-image-amd64";
 
@@ -177,6 +182,8 @@ fn fetch_from(cache: &Cache, family: &'static Family, suite: &Suite<'_>) -> Resu
         eprintln!("unpacking {} {}", family.name, packages[0].version);
         store(family, &files, folder)
     })?;
+    cache.prune(Kind::Kernels, &format!("{}-", family.name), KEEP_KERNELS)?;
+    cache.prune(Kind::Packages, "", KEEP_PACKAGES)?;
     let release = fs::read_to_string(folder.join("release"))?;
     Ok(Kernel {
         family,

@@ -120,8 +120,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         scenarios::select(&options.scenarios)?
     };
     if selected.is_empty() {
-        eprint!("{}", list());
-        return Err(Failure::Usage("no scenario given".into()).into());
+        print!("{}", list());
+        return Err(Failure::Usage("no scenario given: name some, or --all".into()).into());
     }
     let prepared = Prepared::for_scenarios(&selected)?;
     let interrupted = machine::interruption()?;
