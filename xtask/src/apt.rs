@@ -279,3 +279,73 @@ pub(crate) fn unpack(package: &Path, folder: &Path) -> Result<()> {
             .arg(folder),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn suite<'a>(cache: &'a Cache, folder: &Path) -> Suite<'a> {
+        Suite {
+            cache,
+            name: "bookworm",
+            folder: folder.join("apt"),
+        }
+    }
+
+    #[test]
+    fn a_suite_names_one_signed_source_and_keeps_its_state_to_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open_at(dir.path().join("cache")).unwrap();
+        let suite = suite(&cache, dir.path());
+        suite.write_configuration().unwrap();
+        let source = fs::read_to_string(suite.folder.join("sources.list")).unwrap();
+        assert!(
+            source.starts_with(&format!("deb [signed-by={KEYRING}] ")),
+            "{source}"
+        );
+        assert!(source.ends_with(" bookworm main\n"), "{source}");
+        let command = suite.apt("apt-get");
+        let options: Vec<_> = command
+            .get_args()
+            .map(|arg| arg.to_string_lossy())
+            .collect();
+        for key in [
+            "Dir::State",
+            "Dir::State::status",
+            "Dir::Cache",
+            "Dir::Etc::sourcelist",
+        ] {
+            let option = format!("{key}={}", suite.folder.display());
+            assert!(options.iter().any(|arg| arg.starts_with(&option)), "{key}");
+        }
+    }
+
+    #[test]
+    fn an_index_is_stale_when_missing_old_or_of_another_source() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open_at(dir.path().join("cache")).unwrap();
+        let suite = suite(&cache, dir.path());
+        suite.write_configuration().unwrap();
+        assert!(suite.index_is_stale());
+        fs::write(suite.stamp(), "").unwrap();
+        assert!(!suite.index_is_stale());
+        let old = std::time::SystemTime::now() - INDEX_AGE;
+        fs::File::options()
+            .write(true)
+            .open(suite.stamp())
+            .unwrap()
+            .set_modified(old)
+            .unwrap();
+        assert!(suite.index_is_stale());
+        fs::write(suite.stamp(), "").unwrap();
+        suite.write_configuration().unwrap();
+        assert!(!suite.index_is_stale(), "the same source");
+        fs::write(
+            suite.folder.join("sources.list"),
+            "deb http://other bookworm main\n",
+        )
+        .unwrap();
+        suite.write_configuration().unwrap();
+        assert!(suite.index_is_stale(), "another source");
+    }
+}

@@ -63,7 +63,8 @@ impl Cache {
         Self::open_at(default_root()?)
     }
 
-    fn open_at(root: PathBuf) -> Result<Self> {
+    /// Opens the cache at `root`.
+    pub(crate) fn open_at(root: PathBuf) -> Result<Self> {
         let in_use = lock_file(&root, "in-use")?;
         in_use.lock_shared()?;
         Ok(Self {

@@ -135,3 +135,71 @@ pub(crate) fn run() -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kernel(folder: &Path) -> Kernel {
+        fs::create_dir(folder.join("guest")).unwrap();
+        fs::write(folder.join("vmlinuz"), "kernel").unwrap();
+        fs::write(folder.join("guest/list"), "hv_vmbus\npci_hyperv\n").unwrap();
+        fs::write(folder.join("guest/hv_vmbus"), "first module").unwrap();
+        fs::write(folder.join("guest/pci_hyperv"), "second module").unwrap();
+        Kernel::in_folder(folder)
+    }
+
+    fn position(archive: &[u8], text: &str) -> usize {
+        let mut windows = archive.windows(text.len());
+        windows
+            .position(|window| window == text.as_bytes())
+            .unwrap_or_else(|| panic!("no {text:?}"))
+    }
+
+    #[test]
+    fn an_archive_holds_the_init_and_the_modules_with_their_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open_at(dir.path().join("cache")).unwrap();
+        let kernel = kernel(dir.path());
+        let init = dir.path().join("init");
+        fs::write(&init, "program").unwrap();
+        let image = pack(&cache, &kernel, Role::Guest, Init::Program(&init)).unwrap();
+        assert_eq!(fs::read(&image.kernel).unwrap(), b"kernel");
+        let archive = fs::read(&image.initrd).unwrap();
+        position(&archive, "program");
+        position(&archive, "first module");
+        position(&archive, "second module");
+        position(
+            &archive,
+            "/lib/modules/hv_vmbus.ko\n/lib/modules/pci_hyperv.ko\n",
+        );
+        let file = position(&archive, "lib/modules/hv_vmbus.ko\0");
+        assert!(
+            position(&archive, "lib/modules\0") < file,
+            "folders come first"
+        );
+
+        let again = pack(&cache, &kernel, Role::Guest, Init::Program(&init)).unwrap();
+        assert_eq!(
+            again.initrd, image.initrd,
+            "the same contents, the same entry"
+        );
+        fs::write(&init, "another program").unwrap();
+        let other = pack(&cache, &kernel, Role::Guest, Init::Program(&init)).unwrap();
+        assert_ne!(other.initrd, image.initrd);
+    }
+
+    #[test]
+    fn a_role_that_the_kernel_is_not_stored_for_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open_at(dir.path().join("cache")).unwrap();
+        let kernel = kernel(dir.path());
+        let init = dir.path().join("init");
+        fs::write(&init, "program").unwrap();
+        let error = pack(&cache, &kernel, Role::Rig, Init::Program(&init)).unwrap_err();
+        assert!(format!("{error:#}").contains("rig"), "{error:#}");
+        let missing = dir.path().join("missing");
+        let error = pack(&cache, &kernel, Role::Guest, Init::Program(&missing)).unwrap_err();
+        assert!(format!("{error:#}").contains("missing"), "{error:#}");
+    }
+}

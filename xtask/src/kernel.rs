@@ -128,6 +128,18 @@ impl Kernel {
     }
 }
 
+#[cfg(test)]
+impl Kernel {
+    /// A kernel whose cache entry is `folder`.
+    pub(crate) fn in_folder(folder: &Path) -> Self {
+        Self {
+            family: &FAMILIES[0],
+            release: "7.0-test".into(),
+            folder: folder.into(),
+        }
+    }
+}
+
 /// The family of that name.
 pub(crate) fn family(name: &str) -> Result<&'static Family> {
     FAMILIES
