@@ -72,6 +72,24 @@ fn matches(pattern: &str, text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    /// The same, by trying every way to cut the text.
+    fn matches_slowly(pattern: &[u8], text: &[u8]) -> bool {
+        match pattern.split_first() {
+            None => text.is_empty(),
+            Some((b'*', rest)) => (0..=text.len()).any(|at| matches_slowly(rest, &text[at..])),
+            Some((byte, rest)) => text.first() == Some(byte) && matches_slowly(rest, &text[1..]),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn matching_agrees_with_trying_everything(pattern in "[ab*]{0,7}", text in "[ab]{0,9}") {
+            let slow = matches_slowly(pattern.as_bytes(), text.as_bytes());
+            prop_assert_eq!(matches(&pattern, &text), slow);
+        }
+    }
 
     #[test]
     fn a_star_stands_for_any_characters_and_the_whole_text_must_match() {

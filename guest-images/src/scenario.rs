@@ -406,6 +406,27 @@ pub fn words(cmdline: &str) -> BTreeMap<&str, &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_command_line_gives_parameters_or_an_error(line in "\\PC{0,200}") {
+            let _ = line.parse::<GuestParams>();
+        }
+
+        #[test]
+        fn any_address_survives_its_text(domain: u32, bus: u8, device in 0u8..32, function in 0u8..8) {
+            let address = PciAddress { domain, bus, device, function };
+            prop_assert_eq!(address.to_string().parse::<PciAddress>(), Ok(address));
+        }
+
+        #[test]
+        fn any_text_gives_an_address_or_an_error(text in "[0-9a-f:.x+-]{0,24}") {
+            if let Ok(address) = text.parse::<PciAddress>() {
+                prop_assert!(address.device < 32 && address.function < 8);
+            }
+        }
+    }
 
     fn run() -> Run {
         Run {

@@ -65,6 +65,18 @@ pub fn json_after<T: DeserializeOwned>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_mangled_line_gives_a_verdict_an_error_or_nothing(at in 0usize..200, byte: u8, cut in 0usize..200) {
+            let mut bytes = verdict().line().into_bytes();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.truncate(bytes.len() - cut % bytes.len());
+            let _ = Verdict::from_line(&String::from_utf8_lossy(&bytes));
+        }
+    }
 
     fn verdict() -> Verdict {
         Verdict {

@@ -110,6 +110,19 @@ pub(crate) fn delta(before: &[VectorCounts], after: &[VectorCounts]) -> Vec<Vect
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_table_gives_rows_or_an_error(table in "( {1,3}(CPU)?[0-9]{1,22}:?|\\n|[a-z-]{1,9}){0,40}") {
+            let _ = parse(&table);
+        }
+
+        #[test]
+        fn any_name_gives_an_index_or_none(name in "virtio[0-9]-(req\\.|input|config)?[0-9]{0,12}") {
+            let _ = virtio_index(&name);
+        }
+    }
 
     const TABLE: &str = "           CPU0       CPU3
    1:          9          0   IO-APIC   1-edge      i8042

@@ -114,6 +114,16 @@ fn clip(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_record_is_counted(record in "[0-9]{0,22},?[0-9]{0,22},?[0-9-]{0,22},?;?\\PC{0,400}") {
+            let report = collect_all(&[&record]);
+            prop_assert_eq!(report.records, 1);
+            prop_assert!(report.lines.iter().all(|line| line.text.len() <= TEXT_LIMIT));
+        }
+    }
 
     fn collect_all(records: &[&str]) -> KmsgReport {
         let mut report = KmsgReport {

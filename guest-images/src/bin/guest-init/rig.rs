@@ -1,9 +1,9 @@
 //! The role in the host kernel of the rig: run a scenario and print its verdict.
 
-use crate::End;
 use crate::bounded::bounded;
 use crate::system::{self, put, say, step};
 use crate::vmm::{self, Files};
+use crate::{End, kmsg};
 use anyhow::{Context, Result, bail};
 use guest_images::allow::AllowList;
 use guest_images::host::HostReport;
@@ -31,13 +31,12 @@ const CHUNK: usize = 1 << 20;
 
 /// Runs the role to its verdict.
 pub(crate) fn run() -> Result<End> {
-    let scenario = set_up().unwrap_or_else(|error| Err(format!("{error:#}")));
-    let verdict = match scenario {
+    let verdict = match set_up() {
         Ok(scenario) => judge_all(&scenario),
         Err(error) => Verdict {
             scenario: String::new(),
             pass: false,
-            failures: vec![error],
+            failures: vec![format!("{error:#}")],
             runs: Vec::new(),
         },
     };
@@ -48,7 +47,7 @@ pub(crate) fn run() -> Result<End> {
 }
 
 /// Mounts the share and reads the scenario, within a limit: a share that does not answer hangs.
-fn set_up() -> Result<Result<Scenario, String>> {
+fn set_up() -> Result<Scenario> {
     bounded("set-up of the rig", SETUP_LIMIT, || {
         step("load modules");
         let loaded = system::load_modules()?;
@@ -59,7 +58,7 @@ fn set_up() -> Result<Result<Scenario, String>> {
         system::mount_at("host", "9p", SHARE, MountFlags::RDONLY, Some(options))?;
         let path = Path::new(SHARE).join("scenario.json");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        Ok(serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display())))
+        serde_json::from_str(&text).with_context(|| path.display().to_string())
     })
 }
 
@@ -101,8 +100,23 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         }
         verdict.runs.push(judged);
     }
+    match host_kernel_faults() {
+        Ok(faults) => verdict.failures.extend(faults),
+        Err(error) => verdict.failures.push(format!("{error:#}")),
+    }
     verdict.pass = verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass);
     verdict
+}
+
+/// Faults in this kernel's own log: what it says of a guest is worth nothing after one.
+fn host_kernel_faults() -> Result<Vec<String>> {
+    let lines = kmsg::collect()?.lines;
+    let faults = lines
+        .iter()
+        .filter(|line| judge::telltale(&line.text).is_some());
+    Ok(faults
+        .map(|line| format!("host kernel log: {}", line.text))
+        .collect())
 }
 
 fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {

@@ -2,7 +2,7 @@
 
 use crate::system::put;
 use anyhow::{Context, Result, bail};
-use guest_images::report::{EVENT_PREFIX, GuestReport, REPORT_PREFIX};
+use guest_images::report::{EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
 use guest_images::scenario::{Function, PciAddress, Run};
 use guest_images::verdict::json_after;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 
 /// Longest console line that is kept; a guest cannot make the rig hold more.
 const LINE_LIMIT: u64 = 4 << 20;
+/// Most characters of a guest's last words in a failure.
+const LAST_WORDS: usize = 300;
+/// How a kernel says that it gave up.
+const PANIC: &str = "Kernel panic - not syncing";
 /// How long a VMM gets to end by itself after it was asked to.
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// Pause between looks at the child.
@@ -110,6 +114,7 @@ pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
         run,
         files,
         guest: None,
+        last_words: None,
         failure: None,
     };
     vmm.follow(&lines, start + Duration::from_secs(run.time_limit_s));
@@ -132,6 +137,8 @@ struct Vmm<'a> {
     run: &'a Run,
     files: &'a Files<'a>,
     guest: Option<Result<GuestReport, String>>,
+    /// What to tell when no report comes: the line by which the guest gave up, else its last one.
+    last_words: Option<String>,
     failure: Option<String>,
 }
 
@@ -161,6 +168,7 @@ impl Vmm<'_> {
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
+        self.remember(line);
         if let Some(report) = json_after::<GuestReport>(REPORT_PREFIX, line) {
             if self.guest.is_some() {
                 bail!("the guest printed more than one report");
@@ -173,6 +181,15 @@ impl Vmm<'_> {
         match event.trim().split_once(' ') {
             Some(("grow", address)) => self.grow(address),
             _ => bail!("the guest asked for the unknown event {event:?}"),
+        }
+    }
+
+    fn remember(&mut self, line: &str) {
+        let gave_up = |line: &str| line.contains(FAIL_PREFIX) || line.contains(PANIC);
+        let settled = self.last_words.as_deref().is_some_and(gave_up);
+        let text: String = line.trim().chars().take(LAST_WORDS).collect();
+        if !text.is_empty() && !settled {
+            self.last_words = Some(text);
         }
     }
 
@@ -353,6 +370,7 @@ mod tests {
             run: &run,
             files: &files,
             guest: None,
+            last_words: None,
             failure: None,
         };
         vmm.follow(&lines, Instant::now() + Duration::from_secs(limit_s));
@@ -381,6 +399,18 @@ mod tests {
         vmm_with("sleep 600", 0, |vmm, end| {
             assert!(vmm.failure.unwrap().contains("not done"));
             assert!(end.unwrap_err().to_string().contains("had to be stopped"));
+        });
+    }
+
+    #[test]
+    fn a_guest_without_a_report_is_quoted() {
+        let script = "echo booting; echo 'x VPCI-FAIL no disk'; echo '[ 1.0] reboot'; echo";
+        vmm_with(script, 20, |vmm, _| {
+            assert!(vmm.guest.is_none());
+            assert_eq!(vmm.last_words.unwrap(), "x VPCI-FAIL no disk");
+        });
+        vmm_with("echo booting; echo; echo loading", 20, |vmm, _| {
+            assert_eq!(vmm.last_words.unwrap(), "loading");
         });
     }
 
