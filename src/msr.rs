@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::cpuid::Features;
 use crate::hv::msr;
+use crate::hypercall::VpSet;
 use crate::mem::{GuestRam, PAGE_SIZE};
 use crate::vmm::Clock;
 
@@ -54,7 +55,8 @@ const PAGE_FILL: u8 = 0xcc;
 /// Fixed facts about the partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsrConfig {
-    /// Number of VPs; VP indices are `0..vp_count`. At least 1.
+    /// Number of VPs, 1 to [`VpSet::LIMIT`]: a guest can name no others. VP indices are
+    /// `0..vp_count`.
     pub vp_count: u32,
     /// Which optional MSRs exist; the same as given to [`crate::cpuid::leaves`].
     pub features: Features,
@@ -70,9 +72,12 @@ pub struct MsrConfig {
 /// Why a configuration or a state was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MsrError {
-    /// The partition has no VP.
-    #[error("a partition needs at least one VP")]
-    NoVp,
+    /// No partition can have this number of VPs.
+    #[error("a partition has 1 to {max} VPs, not {count}", max = VpSet::LIMIT)]
+    Vps {
+        /// The refused number.
+        count: u32,
+    },
     /// The hypercall page cannot use this port.
     #[error("port {port:#x} cannot carry hypercalls")]
     Port {
@@ -184,11 +189,12 @@ impl PartitionMsrs {
     ///
     /// # Errors
     ///
-    /// [`MsrError::NoVp`], [`MsrError::Port`] or [`MsrError::Frequency`].
+    /// [`MsrError::Vps`], [`MsrError::Port`] or [`MsrError::Frequency`].
     pub fn new(config: MsrConfig, ram: GuestRam, clock: Arc<dyn Clock>) -> Result<Self, MsrError> {
         let port = config.hypercall_port;
-        if config.vp_count == 0 {
-            return Err(MsrError::NoVp);
+        let count = config.vp_count;
+        if count == 0 || count > VpSet::LIMIT {
+            return Err(MsrError::Vps { count });
         }
         if UNUSABLE_PORTS.contains(&port) {
             return Err(MsrError::Port { port });
@@ -273,7 +279,7 @@ impl PartitionMsrs {
     }
 
     /// Back to the reset values, the lock bit of HYPERCALL included; the RAM under the hypercall
-    /// page comes back.
+    /// page comes back, so a VMM that loads RAM anew does that afterwards.
     pub fn reset(&self) {
         let mut registers = self.lock();
         self.remove_page(&mut registers);

@@ -35,9 +35,10 @@ impl VpSet {
             return None;
         }
         let mut set = Self::new();
-        let present = (0..VP_SET_BANKS).filter(|bank| valid >> bank & 1 != 0);
-        for (bank, bits) in present.zip(banks) {
-            set.banks[bank] = bits;
+        let mut rest = valid;
+        for bits in banks {
+            *set.banks.get_mut(rest.trailing_zeros() as usize)? = bits;
+            rest &= rest - 1;
         }
         Some(set)
     }

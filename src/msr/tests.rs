@@ -228,11 +228,18 @@ fn impossible_configurations_are_refused() {
         };
         assert_eq!(build(config), Err(MsrError::Port { port }));
     }
-    let no_vp = MsrConfig {
-        vp_count: 0,
+    for count in [0, 4097, u32::MAX] {
+        let config = MsrConfig {
+            vp_count: count,
+            ..config()
+        };
+        assert_eq!(build(config), Err(MsrError::Vps { count }));
+    }
+    let most_vps = MsrConfig {
+        vp_count: 4096,
         ..config()
     };
-    assert_eq!(build(no_vp), Err(MsrError::NoVp));
+    assert_eq!(build(most_vps), Ok(()));
     let no_tsc = MsrConfig {
         tsc_hz: 0,
         ..config()
