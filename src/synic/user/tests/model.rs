@@ -3,6 +3,8 @@ use super::*;
 
 use proptest::prelude::*;
 
+use crate::synic::MessageState;
+
 const QUEUE_LIMIT: usize = 3;
 const VPS: u32 = 2;
 
@@ -362,4 +364,52 @@ proptest! {
             pair.apply(step)?;
         }
     }
+
+    #[test]
+    fn any_state_is_taken_over_whole_or_refused_without_effect(
+        version in prop_oneof![9 => Just(SynicState::VERSION), 1 => any::<u32>()],
+        vps in proptest::collection::vec(any_vp_state(), 1..4),
+    ) {
+        let bed = Bed::linux(VPS, QUEUE_LIMIT);
+        let (memory, before) = (bed.memory(), bed.synic.save());
+        let state = SynicState { version, vps };
+        let expected = match bed.synic.restore(&state) {
+            Ok(()) => state,
+            Err(_) => before,
+        };
+        prop_assert_eq!(bed.synic.save(), expected);
+        prop_assert!(bed.memory() == memory, "memory changed");
+    }
+}
+
+fn any_vp_state() -> impl Strategy<Value = VpSynicState> {
+    let page = || prop_oneof![9 => 0x1000u64..0x5000, 1 => any::<u64>()];
+    let message = (
+        0u8..17,
+        0u32..9,
+        proptest::collection::vec(any::<u8>(), 0..9),
+    )
+        .prop_map(|(sint, message_type, payload)| MessageState {
+            sint,
+            message_type,
+            payload,
+        });
+    (
+        any::<u64>(),
+        page(),
+        page(),
+        prop_oneof![9 => 0x10u64..0x100, 1 => any::<u64>()],
+        proptest::collection::vec(message, 0..5),
+        any::<bool>(),
+    )
+        .prop_map(
+            |(scontrol, siefp, simp, sint, queue, refused)| VpSynicState {
+                scontrol,
+                siefp,
+                simp,
+                sints: [sint; SINT_COUNT],
+                queue,
+                refused,
+            },
+        )
 }
