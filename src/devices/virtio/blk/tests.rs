@@ -9,6 +9,9 @@ use crate::devices::virtio::testing::{
     Buf, DEVICE_PAGE, DriverQueue, EVENT_IDX, Guest, INDIRECT, ManualHost, VERSION_1, into, out,
 };
 
+mod hostile;
+mod parallel;
+
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const HEADER: u64 = 0x8_0000;
 const STATUS: u64 = 0x8_0100;
@@ -27,11 +30,12 @@ struct Bed {
 
 fn image(sectors: u64) -> NamedTempFile {
     let mut image = NamedTempFile::new().unwrap();
+    let mut bytes = Vec::new();
     for sector in 0..sectors {
-        let mut bytes = [sector as u8; 512];
-        bytes[..8].copy_from_slice(&sector.to_le_bytes());
-        image.write_all(&bytes).unwrap();
+        bytes.extend(sector.to_le_bytes());
+        bytes.resize(bytes.len() + 504, sector as u8);
     }
+    image.write_all(&bytes).unwrap();
     image
 }
 
@@ -446,4 +450,42 @@ fn a_step_serves_a_bounded_number_of_requests() {
     assert_eq!(bed.blk.counters()[0].requests, STEP_REQUESTS as u64);
     bed.host.run();
     assert_eq!(bed.blk.counters()[0].requests, 64);
+}
+
+#[test]
+fn a_saved_disk_goes_on_where_it_stopped_with_the_capacity_its_driver_knows() {
+    let old = bed();
+    let mut queue = old.guest.start(VERSION_1 | FLUSH, 1).remove(0);
+    old.request(&mut queue, VIRTIO_BLK_T_FLUSH, 0, &[]);
+    old.guest.lines.take();
+    let state = old.blk.save().unwrap();
+    assert_eq!(state.capacity, SECTORS);
+    let new = bed();
+    let ram = old.guest.bytes(0, 0x20_0000);
+    new.guest.ram.write(0, &ram).unwrap();
+    new.image.as_file().set_len(8 * 512).unwrap();
+    assert!(new.blk.resize().unwrap());
+    new.blk.restore(&state).unwrap();
+    assert_eq!(new.guest.read(DEVICE_PAGE, 8), SECTORS);
+    assert_eq!(new.blk.save().unwrap(), state);
+    assert!(new.blk.resize().unwrap());
+    assert_eq!(new.guest.lines.take(), [0]);
+    assert_eq!(new.guest.read(DEVICE_PAGE, 8), 8);
+    let answer = new.request(&mut queue, VIRTIO_BLK_T_IN, 7, &[into(DATA, 512)]);
+    assert_eq!(answer, (OK, 513));
+    let mut huge = state;
+    huge.capacity = MAX_CAPACITY + 1;
+    let error = VirtioStateError::Capacity {
+        sectors: MAX_CAPACITY + 1,
+    };
+    assert_eq!(new.blk.restore(&huge), Err(error));
+    huge.capacity = MAX_CAPACITY;
+    new.blk.restore(&huge).unwrap();
+    let answer = new.request(
+        &mut queue,
+        VIRTIO_BLK_T_IN,
+        MAX_CAPACITY - 1,
+        &[into(DATA, 512)],
+    );
+    assert_eq!(answer, (IOERR, 0));
 }
