@@ -3,5 +3,6 @@
 
 #[cfg(feature = "devices")]
 pub mod event_loop;
+pub mod testdev;
 #[cfg(feature = "devices")]
 pub mod virtio;

@@ -461,3 +461,7 @@ impl Drop for Bus {
         self.close();
     }
 }
+
+#[cfg(test)]
+#[path = "bus_tests.rs"]
+mod tests;

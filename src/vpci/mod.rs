@@ -43,6 +43,8 @@ mod protocol;
 pub mod registry;
 mod slot;
 mod state;
+#[cfg(test)]
+pub(crate) mod testing;
 mod window;
 
 pub use bus::{Bus, BusConfig, BusError, BusHost, BusReport, FunctionReport};

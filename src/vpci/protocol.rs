@@ -496,3 +496,7 @@ fn tdisp(core: &BusCore, payload: &[u8]) -> Result<(), Status> {
     }
     Err(Status::NotSupported)
 }
+
+#[cfg(test)]
+#[path = "protocol_tests.rs"]
+mod tests;

@@ -424,3 +424,7 @@ impl MmioHandler for BarHandler {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "slot_tests.rs"]
+mod tests;

@@ -1,0 +1,370 @@
+use super::super::function::{InterruptLines, MsixSpec, PciIdentity};
+use super::super::testing::{HIGH, LOW, MsiLog, host};
+use super::*;
+use crate::vmbus::ring::guest::ram;
+use crate::vmm::Msi;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+/// A device that remembers what reaches it.
+#[derive(Debug, Default)]
+struct Probe {
+    /// Offsets and data of stores.
+    stores: Mutex<Vec<(u8, u64, Vec<u8>)>>,
+    resets: AtomicU64,
+    resources: OnceLock<FunctionResources>,
+    share_page: bool,
+    /// Raise and write memory while being reset, as a device does whose work is still under way.
+    restless: AtomicBool,
+}
+
+impl PciFunction for Probe {
+    fn layout(&self) -> FunctionLayout {
+        let mut layout = FunctionLayout {
+            kind: "probe",
+            identity: PciIdentity {
+                vendor: 0x1234,
+                ..PciIdentity::default()
+            },
+            msix: Some(MsixSpec {
+                vectors: 3,
+                table_bar: 2,
+                table_offset: 0x1000,
+                pba_bar: 2,
+                pba_offset: if self.share_page { 0x1800 } else { 0x2000 },
+            }),
+            ..FunctionLayout::default()
+        };
+        layout.bars[0] = BarSpec::Memory32 { size: 0x1000 };
+        layout.bars[2] = BarSpec::Memory64 {
+            size: 0x4000,
+            prefetchable: false,
+        };
+        layout
+    }
+
+    fn connect(&self, resources: FunctionResources) {
+        self.resources.set(resources).unwrap();
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        data.fill(bar ^ offset as u8);
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        lock(&self.stores).push((bar, offset, data.to_vec()));
+    }
+
+    fn doorbells(&self) -> Vec<DoorbellRegister> {
+        vec![DoorbellRegister {
+            bar: 2,
+            offset: 0x3000,
+            len: 4,
+            data: None,
+            eventfd: OwnedFd::from(std::fs::File::open("/dev/null").unwrap()),
+        }]
+    }
+
+    fn reset(&self) {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+        if self.restless.load(Ordering::SeqCst) {
+            let resources = self.resources.get().unwrap();
+            resources.interrupts.raise(0);
+            resources.dma.write(0, &[1]).unwrap_err();
+        }
+    }
+}
+
+/// Doorbells that are connected, and how often each call came.
+#[derive(Debug, Default)]
+struct Board {
+    live: Mutex<Vec<Doorbell>>,
+    fail: AtomicBool,
+}
+
+impl Doorbells for Board {
+    fn add(&self, doorbell: Doorbell, _eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        if self.fail.load(Ordering::SeqCst) {
+            return Err(io::Error::other("no room"));
+        }
+        lock(&self.live).push(doorbell);
+        Ok(())
+    }
+
+    fn remove(&self, doorbell: Doorbell, _eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        let mut live = lock(&self.live);
+        let before = live.len();
+        live.retain(|other| *other != doorbell);
+        assert_eq!(live.len() + 1, before, "removed once, after it was added");
+        Ok(())
+    }
+}
+
+struct Rig {
+    slot: Arc<FunctionSlot>,
+    device: Arc<Probe>,
+    board: Arc<Board>,
+    msi: Arc<MsiLog>,
+    mmio: Arc<MmioSpace>,
+}
+
+fn rig_of(device: Probe) -> Rig {
+    let msi = Arc::new(MsiLog::default());
+    let from = host(&ram(16), &msi);
+    let board = Arc::new(Board::default());
+    let host = SlotHost {
+        ram: from.ram,
+        mmio: from.mmio.clone(),
+        msi: from.msi,
+        apic_ids: from.apic_ids,
+        doorbells: Some(board.clone()),
+    };
+    let device = Arc::new(device);
+    Rig {
+        slot: FunctionSlot::new(0, false, device.clone(), &host).unwrap(),
+        device,
+        board,
+        msi,
+        mmio: from.mmio,
+    }
+}
+
+fn rig() -> Rig {
+    let rig = rig_of(Probe::default());
+    rig.slot.set_powered(true);
+    rig
+}
+
+impl Rig {
+    fn write(&self, offset: usize, value: u32) {
+        self.slot.config_write(offset, &value.to_le_bytes());
+    }
+
+    fn read(&self, offset: usize) -> u32 {
+        let mut data = [0; 4];
+        self.slot.config_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn place(&self, bar0: u32, bar2: u64) {
+        self.write(0x10, bar0);
+        self.write(0x18, bar2 as u32);
+        self.write(0x1c, (bar2 >> 32) as u32);
+    }
+
+    fn load(&self, gpa: u64) -> u32 {
+        let mut data = [0; 4];
+        assert!(self.mmio.mmio_read(gpa, &mut data));
+        u32::from_le_bytes(data)
+    }
+}
+
+const BAR0: u64 = LOW + 0x5000;
+
+#[test]
+fn bars_answer_while_decode_is_on() {
+    let rig = rig();
+    rig.place(BAR0 as u32, HIGH);
+    assert_eq!(rig.load(BAR0 + 4), !0);
+    rig.write(4, 2);
+    assert_eq!(
+        rig.slot.mapped_bars(),
+        [Some(BAR0), None, Some(HIGH), None, None, None]
+    );
+    assert_eq!(rig.load(BAR0 + 4), 0x0404_0404);
+    assert_eq!(rig.load(HIGH + 8), 0x0a0a_0a0a);
+    assert!(rig.mmio.mmio_write(HIGH + 0x3008, &[1; 8]));
+    assert_eq!(*lock(&rig.device.stores), [(2, 0x3008, vec![1; 8])]);
+    rig.write(4, 0);
+    assert_eq!(rig.load(BAR0 + 4), !0);
+    // The other bits of the command register do not disturb the mappings.
+    rig.write(4, 2);
+    rig.write(4, 0x402);
+    assert_eq!(rig.load(BAR0 + 4), 0x0404_0404);
+}
+
+#[test]
+fn unaligned_accesses_do_not_reach_the_device() {
+    let rig = rig();
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    assert!(rig.mmio.mmio_write(BAR0 + 2, &[0; 4]));
+    assert_eq!(rig.load(BAR0 + 2), !0);
+    assert!(lock(&rig.device.stores).is_empty());
+    assert!(rig.mmio.mmio_write(BAR0 + 2, &[0; 2]));
+    assert_eq!(lock(&rig.device.stores).len(), 1);
+}
+
+#[test]
+fn a_bar_in_a_bad_place_is_not_mapped_and_is_checked_anew_at_each_enable() {
+    let rig = rig();
+    for bad in [0, 0x1000, LOW - 0x1000] {
+        rig.place(bad as u32, HIGH);
+        rig.write(4, 2);
+        assert_eq!(rig.slot.mapped_bars()[0], None);
+        assert_eq!(rig.slot.mapped_bars()[2], Some(HIGH));
+        rig.write(4, 0);
+    }
+    assert_eq!(rig.slot.refused_bars(), 3);
+    // Two BARs in one place: the first has it.
+    rig.place(BAR0 as u32, LOW + 0x4000);
+    rig.write(4, 2);
+    assert_eq!(rig.slot.mapped_bars()[..3], [Some(BAR0), None, None]);
+    rig.write(4, 0);
+    rig.place(BAR0 as u32, u64::MAX);
+    rig.write(4, 2);
+    assert_eq!(rig.slot.mapped_bars()[2], None);
+    rig.write(4, 0);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    assert_eq!(rig.slot.mapped_bars()[..3], [Some(BAR0), None, Some(HIGH)]);
+}
+
+#[test]
+fn the_bus_answers_for_the_msix_pages() {
+    for share_page in [false, true] {
+        let rig = rig_of(Probe {
+            share_page,
+            ..Probe::default()
+        });
+        rig.slot.set_powered(true);
+        rig.place(BAR0 as u32, HIGH);
+        rig.write(4, 2);
+        assert_eq!(rig.load(HIGH + 0x1000 + 12), 1, "masked after reset");
+        assert!(rig.mmio.mmio_write(HIGH + 0x1004, &7u32.to_le_bytes()));
+        assert_eq!(rig.load(HIGH + 0x1004), 7);
+        // Behind the table's three entries, and in the pending bits, there are zeros.
+        for offset in [0x1030, 0x17fc, 0x1800, 0x1ffc] {
+            assert!(rig.mmio.mmio_write(HIGH + offset, &[0xff; 4]));
+            assert_eq!(rig.load(HIGH + offset), 0, "{offset:#x}");
+        }
+        let pba = if share_page { 0x1800 } else { 0x2000 };
+        rig.write(0x40, 0xc000_0000);
+        rig.slot.interrupts.raise(1);
+        assert_eq!(rig.load(HIGH + pba), 2);
+        assert!(lock(&rig.device.stores).is_empty());
+        assert_eq!(rig.load(HIGH + 0x3000), 0x0202_0202);
+    }
+}
+
+#[test]
+fn doorbells_follow_their_bar() {
+    let rig = rig();
+    let live = || lock(&rig.board.live).clone();
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    let at = |gpa| Doorbell {
+        gpa,
+        len: 4,
+        data: None,
+    };
+    assert_eq!(live(), [at(HIGH + 0x3000)]);
+    rig.write(4, 0);
+    assert_eq!(live(), []);
+    rig.place(BAR0 as u32, HIGH + 0x4000);
+    rig.write(4, 2);
+    assert_eq!(live(), [at(HIGH + 0x7000)]);
+    rig.slot.reset(false);
+    assert_eq!(live(), []);
+    // A host without room for one more leaves the register to MMIO.
+    rig.board.fail.store(true, Ordering::SeqCst);
+    rig.slot.set_powered(true);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    assert!(rig.mmio.mmio_write(HIGH + 0x3000, &[1; 4]));
+    assert_eq!(lock(&rig.device.stores).len(), 1);
+    rig.write(4, 0);
+}
+
+#[test]
+fn bus_mastering_follows_the_command_register() {
+    let rig = rig();
+    let dma = &rig.device.resources.get().unwrap().dma;
+    assert!(dma.write(0, &[1]).is_err());
+    rig.write(4, 4);
+    dma.write(0, &[1]).unwrap();
+    rig.write(4, 0);
+    assert!(dma.write(0, &[1]).is_err());
+}
+
+#[test]
+fn a_reset_function_neither_interrupts_nor_writes_memory_and_cannot_be_programmed() {
+    let rig = rig();
+    rig.device.restless.store(true, Ordering::SeqCst);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 6);
+    rig.write(0x40, 0x8000_0000);
+    let data = rig.slot.interrupts.handles.create(0x33, 1, 1).unwrap();
+    let entry = HIGH + 0x1000;
+    for (offset, value) in [(0, LOW_MESSAGE), (8, data), (12, 0)] {
+        assert!(rig.mmio.mmio_write(entry + offset, &value.to_le_bytes()));
+    }
+    rig.slot.interrupts.raise(0);
+    assert_eq!(rig.msi.take(), [Msi::fixed(2, 0x33)]);
+    rig.slot.reset(false);
+    assert_eq!(rig.device.resets.load(Ordering::SeqCst), 1);
+    assert!(rig.msi.take().is_empty());
+    assert_eq!(rig.slot.mapped_bars(), [None; 6]);
+    rig.write(4, 6);
+    assert_eq!(rig.read(4) & 0xffff, 0);
+    rig.slot.set_memory_decode(true);
+    assert_eq!(rig.read(4) & 0xffff, 0);
+    // Nothing to do the second time: the guest has not had the function since.
+    rig.slot.reset(false);
+    assert_eq!(rig.device.resets.load(Ordering::SeqCst), 1);
+    rig.slot.reset(true);
+    rig.slot.set_powered(true);
+    rig.write(4, 4);
+    assert_eq!(rig.read(4) & 0xffff, 4);
+    rig.slot.reset(true);
+    assert_eq!(rig.device.resets.load(Ordering::SeqCst), 2);
+    rig.write(4, 4);
+    assert_eq!(
+        rig.read(4) & 0xffff,
+        4,
+        "released, but still in the guest's hands"
+    );
+}
+
+const LOW_MESSAGE: u32 = 0xfee0_0000;
+
+#[test]
+fn a_doorbell_outside_its_bar_is_the_authors_mistake() {
+    let layout = Probe::default().layout();
+    let register = |bar, offset, len| DoorbellRegister {
+        bar,
+        offset,
+        len,
+        data: None,
+        eventfd: OwnedFd::from(std::fs::File::open("/dev/null").unwrap()),
+    };
+    check_doorbell(&layout, &register(2, 0x3ffc, 4)).unwrap();
+    check_doorbell(&layout, &register(2, 0x3fff, 0)).unwrap();
+    for (bar, offset, len) in [
+        (2, 0x3ffd, 4),
+        (2, u64::MAX, 1),
+        (1, 0, 4),
+        (6, 0, 4),
+        (2, 0, 3),
+    ] {
+        assert_eq!(
+            check_doorbell(&layout, &register(bar, offset, len)),
+            Err(LayoutError::Doorbell { bar, offset })
+        );
+    }
+}
+
+#[test]
+fn saved_registers_come_back_with_their_effects() {
+    let rig = rig();
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 6);
+    let saved = rig.slot.save_config();
+    let copy = rig_of(Probe::default());
+    assert!(copy.slot.accepts_config(&saved));
+    copy.slot.restore_config(&saved, true);
+    assert_eq!(copy.slot.mapped_bars(), rig.slot.mapped_bars());
+    assert!(copy.slot.dma.is_master());
+    assert_eq!(lock(&copy.board.live).len(), 1);
+}
