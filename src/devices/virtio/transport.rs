@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use log::{debug, warn};
 use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -50,6 +51,12 @@ const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+/// Every status bit that virtio defines.
+const STATUS_BITS: u8 = (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER) as u8
+    | FEATURES_OK
+    | DRIVER_OK
+    | NEEDS_RESET
+    | FAILED;
 
 /// True for the first few of a kind, then ever more rarely: a guest can cause these at will.
 pub(super) fn worth_logging(count: u64) -> bool {
@@ -452,8 +459,8 @@ impl VirtioPci {
             return false;
         }
         let old = regs.status;
-        let mut added = value & !old & !NEEDS_RESET;
-        let mut allowed = value & old == old;
+        let mut added = value & STATUS_BITS & !old & !NEEDS_RESET;
+        let mut allowed = value & old == old && value & !STATUS_BITS == 0;
         if added & FEATURES_OK != 0 && !self.spec.acceptable(regs.driver_features) {
             debug!(
                 "virtio {}: features {:#x} refused",

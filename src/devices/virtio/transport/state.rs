@@ -3,9 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER};
-
-use super::{DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, VirtioPci, lock};
+use super::{DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, STATUS_BITS, VirtioPci, lock};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::spec::{ISR_CONFIG, ISR_QUEUE, NO_VECTOR};
 
@@ -197,13 +195,8 @@ impl VirtioPci {
                 expected: self.rings.len(),
             });
         }
-        let known = (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER) as u8
-            | FEATURES_OK
-            | DRIVER_OK
-            | NEEDS_RESET
-            | FAILED;
         let agreed = status & FEATURES_OK != 0;
-        if status & !known != 0 || status & (DRIVER_OK | FEATURES_OK) == DRIVER_OK {
+        if status & !STATUS_BITS != 0 || status & (DRIVER_OK | FEATURES_OK) == DRIVER_OK {
             return Err(VirtioStateError::Status { status });
         }
         if agreed && !self.spec.acceptable(features) {

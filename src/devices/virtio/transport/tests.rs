@@ -212,6 +212,9 @@ fn status_bits_are_only_added_and_driver_ok_needs_features_ok() {
     assert_eq!(bed.misuse(), 2);
     guest.set_status(0x43);
     assert_eq!(guest.status(), 3, "only the device sets DEVICE_NEEDS_RESET");
+    guest.set_status(0x33);
+    assert_eq!(guest.status(), 3, "bits that virtio does not define");
+    assert_eq!(bed.misuse(), 3);
     guest.set_status(0);
     assert_eq!(guest.status(), 0);
     bed.works();
