@@ -15,6 +15,7 @@ use super::server::{Action, ChannelId, MessagePort, Outgoing, RingPages, Server}
 use super::{Limits, OfferError, VmBusConfig};
 use crate::hv::HvStatus;
 use crate::hv::vmbus::{self as wire, HostMessage, MessageBytes, guest, message_type};
+use crate::hypercall::{MessageCalls, PostMessage};
 use crate::mem::GuestRam;
 use crate::synic::{SynicError, SynicPort};
 use crate::vmm::{Trigger, Worker, WorkerHost};
@@ -110,7 +111,7 @@ impl VmBus {
     }
 
     /// HvPostMessage, on a VP's thread: queues the message for the worker
-    /// (docs/spec/hyperv-guest-interface.md#53-results).
+    /// (docs/spec/hyperv-guest-interface.md#hyperv-guest-interface-5-3).
     ///
     /// # Errors
     ///
@@ -282,7 +283,7 @@ impl VmBus {
             Err(error) => Err(error.into()),
         };
         if let Err(error) = &result {
-            log::warn!("vmbus: channel {relid} ({:?}): {error}", device.identity());
+            log::debug!("vmbus: channel {relid} ({:?}): {error}", device.identity());
             self.forget_open(id);
         }
         result.is_ok()
@@ -379,6 +380,21 @@ impl VmBus {
         self.superseded
             .fetch_add((at + owed) as u64, Ordering::Relaxed);
         message
+    }
+}
+
+impl MessageCalls for VmBus {
+    fn post_message(&self, message: &PostMessage<'_>) -> Result<(), HvStatus> {
+        Self::post_message(
+            self,
+            message.connection_id,
+            message.message_type,
+            message.payload,
+        )
+    }
+
+    fn signal_event(&self, connection_id: u32, flag: u16) -> Result<(), HvStatus> {
+        Self::signal_event(self, connection_id, flag)
     }
 }
 

@@ -48,7 +48,7 @@ pub struct VmBusCounters {
     pub dropped_unknown_channel: u64,
     /// Dropped: no such GPADL.
     pub dropped_unknown_gpadl: u64,
-    /// Dropped: not possible in the present state (docs/spec/vmbus.md#51-channel-state-machine-host).
+    /// Dropped: not possible in the present state (docs/spec/vmbus.md#vmbus-5-1).
     pub dropped_wrong_state: u64,
     /// Dropped: the channel is rescinded; normal during a removal.
     pub dropped_rescinded: u64,

@@ -1,5 +1,5 @@
 //! GPADLs: lists of guest pages that a guest lends to a channel
-//! (docs/spec/vmbus.md#4-gpadls).
+//! (docs/spec/vmbus.md#vmbus-4).
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;

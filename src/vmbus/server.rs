@@ -68,7 +68,7 @@ pub struct OpenParams {
     pub downstream_page: u32,
 }
 
-/// State of a channel (docs/spec/vmbus.md#51-channel-state-machine-host).
+/// State of a channel (docs/spec/vmbus.md#vmbus-5-1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// The guest does not know of it: it has not asked for offers, or gave the id back.

@@ -1,4 +1,4 @@
-//! Control messages of the guest (docs/spec/vmbus.md#11-message-list; Linux `hyperv.h`).
+//! Control messages of the guest (docs/spec/vmbus.md#vmbus-1-1; Linux `hyperv.h`).
 //!
 //! Structures are message bodies: they start [`HEADER_LEN`] bytes into the message. A guest may
 //! send more bytes than a structure has.
@@ -86,7 +86,7 @@ pub struct RelidReleased {
     pub relid: u32,
 }
 
-/// INITIATE_CONTACT (docs/spec/vmbus.md#21-initiate_contact-14).
+/// INITIATE_CONTACT (docs/spec/vmbus.md#vmbus-2-1).
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct InitiateContact {

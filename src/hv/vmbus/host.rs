@@ -1,4 +1,4 @@
-//! Control messages of the host (docs/spec/vmbus.md#11-message-list; Linux `hyperv.h`).
+//! Control messages of the host (docs/spec/vmbus.md#vmbus-1-1; Linux `hyperv.h`).
 //!
 //! Structures are message bodies: they start [`HEADER_LEN`] bytes into the message. Linux drops a
 //! message that is shorter than its structure.
@@ -16,7 +16,7 @@ pub const NO_MONITOR: u8 = 0xff;
 /// The channel signals by its connection alone, without the interrupt page.
 pub const DEDICATED_INTERRUPT: u16 = 1;
 
-/// OFFER_CHANNEL (docs/spec/vmbus.md#31-offer_channel-1-196-bytes).
+/// OFFER_CHANNEL (docs/spec/vmbus.md#vmbus-3-1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct OfferChannel {
@@ -88,7 +88,7 @@ pub struct GpadlTorndown {
     pub gpadl: u32,
 }
 
-/// VERSION_RESPONSE up to version 5.3 (docs/spec/vmbus.md#22-version_response-15).
+/// VERSION_RESPONSE up to version 5.3 (docs/spec/vmbus.md#vmbus-2-2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct VersionResponse {

@@ -12,15 +12,15 @@ pub mod ring;
 pub use guest::{GuestMessage, MessageError};
 pub use host::{HostMessage, MessageBytes};
 
+pub use super::synic::VMBUS_SINT as SINT;
+
 /// SynIC message type of every VMBus control message, in both directions.
 pub const SYNIC_MESSAGE_TYPE: u32 = 1;
-/// SINT of the VMBus of VTL 0.
-pub const SINT: u8 = 2;
 /// Connection of HvPostMessage for control messages; before version 5.0 the only one.
 pub const CONNECTION_MESSAGE: u32 = 1;
 /// Connection of HvPostMessage for INITIATE_CONTACT from version 5.0 on.
 pub const CONNECTION_CONTACT: u32 = 4;
-/// Highest channel id; 0 is reserved (docs/spec/vmbus.md#31-offer_channel-1-196-bytes).
+/// Highest channel id; 0 is reserved (docs/spec/vmbus.md#vmbus-3-1).
 pub const MAX_RELID: u16 = 2047;
 /// Connection of HvSignalEvent for a channel: this, or'ed with its relid.
 pub const CONNECTION_CHANNEL: u32 = (SINT as u32) << 12;
@@ -67,7 +67,7 @@ impl fmt::Debug for Version {
     }
 }
 
-/// Type numbers of control messages (docs/spec/vmbus.md#11-message-list).
+/// Type numbers of control messages (docs/spec/vmbus.md#vmbus-1-1).
 pub mod message_type {
     /// Host: a channel exists.
     pub const OFFER_CHANNEL: u32 = 1;

@@ -1,4 +1,4 @@
-//! Ring buffers: the control page and the framing of packets (docs/spec/vmbus.md#7-ring-buffer;
+//! Ring buffers: the control page and the framing of packets (docs/spec/vmbus.md#vmbus-7;
 //! Linux `hyperv.h`, `struct hv_ring_buffer` and `struct vmpacket_descriptor`).
 #![forbid(unsafe_code)]
 
@@ -39,7 +39,7 @@ pub const TYPE_GPA_DIRECT: u16 = 9;
 /// Packet type: answer to a packet that asked for a completion.
 pub const TYPE_COMPLETION: u16 = 0xb;
 
-/// What a packet starts with (docs/spec/vmbus.md#72-packet).
+/// What a packet starts with (docs/spec/vmbus.md#vmbus-7-2).
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]

@@ -1,1 +1,419 @@
+//! The bus on the user-space SynIC, against a guest that drives it as Linux does.
+#![forbid(unsafe_code)]
 
+use std::sync::atomic::{AtomicBool, AtomicU32};
+
+use uuid::Uuid;
+
+use super::*;
+use crate::hv::vmbus::{VP_NONE, Version};
+use crate::vmbus::ring::guest::{GuestRing, ram};
+use crate::vmbus::{ChannelIdentity, OpenError};
+use crate::vmm::{Msi, MsiSink};
+use message_type as t;
+
+mod guest_os;
+mod threads;
+
+use guest_os::{Guest, words};
+
+/// Interrupts by VP.
+#[derive(Debug, Default)]
+struct Interrupts([AtomicU32; 2]);
+
+impl MsiSink for Interrupts {
+    fn raise_msi(&self, msi: Msi) {
+        let apic_id = (msi.address >> 12 & 0xff) as usize;
+        assert_eq!(msi.data & 0xff, 0xf3);
+        self.0[apic_id].fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Runs workers by hand.
+#[derive(Debug, Default)]
+struct Loop {
+    workers: Mutex<Vec<Weak<dyn Worker>>>,
+    triggered: Arc<Flag>,
+}
+
+#[derive(Debug, Default)]
+struct Flag(AtomicBool);
+
+impl Trigger for Flag {
+    fn trigger(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+impl WorkerHost for Loop {
+    fn adopt(&self, worker: Weak<dyn Worker>) -> io::Result<Arc<dyn Trigger>> {
+        lock(&self.workers).push(worker);
+        Ok(self.triggered.clone())
+    }
+}
+
+impl Loop {
+    /// Runs until nothing is left to do. Without a trigger nothing runs at all.
+    fn run(&self) {
+        while self.triggered.0.swap(false, Ordering::SeqCst) {
+            let worker = lock(&self.workers)[0].upgrade().expect("worker");
+            let mut steps = 0;
+            while worker.process() {
+                steps += 1;
+                assert!(steps < 10_000, "the worker spins");
+            }
+        }
+    }
+}
+
+/// Answers each request with its own payload.
+#[derive(Debug, Default)]
+struct Echo {
+    instance: u128,
+    refuse: AtomicBool,
+    channel: Mutex<Option<OpenedChannel>>,
+    signals: AtomicU32,
+    released: AtomicU32,
+}
+
+impl Echo {
+    fn new(instance: u128) -> Arc<Self> {
+        Arc::new(Self {
+            instance,
+            ..Self::default()
+        })
+    }
+
+    /// One run of the device's worker.
+    fn run(&self) {
+        let mut guard = lock(&self.channel);
+        let Some(channel) = guard.as_mut() else {
+            return;
+        };
+        let mut buf = [0; 256];
+        let mut signal = false;
+        loop {
+            let Some(room) = channel.writer.reserve(buf.len()).expect("ring") else {
+                break;
+            };
+            let Some(packet) = channel.reader.read(&mut buf).expect("ring") else {
+                channel.writer.release(room);
+                break;
+            };
+            signal |= channel.reader.publish().expect("ring");
+            let payload = &buf[..packet.payload_len];
+            let answer = channel
+                .writer
+                .complete(room, packet.transaction_id, payload);
+            signal |= answer.expect("ring");
+        }
+        if signal {
+            channel.signal.signal();
+        }
+    }
+
+    /// A signal that nobody asked for.
+    fn signal(&self) {
+        if let Some(channel) = &*lock(&self.channel) {
+            channel.signal.signal();
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        lock(&self.channel).is_some()
+    }
+}
+
+impl ChannelDevice for Echo {
+    fn identity(&self) -> ChannelIdentity {
+        ChannelIdentity {
+            class: Uuid::from_u128(0x44c4_f61d),
+            instance: Uuid::from_u128(self.instance),
+        }
+    }
+
+    fn open(&self, channel: OpenedChannel) -> Result<(), OpenError> {
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err(OpenError::NotReady);
+        }
+        *lock(&self.channel) = Some(channel);
+        Ok(())
+    }
+
+    fn close(&self) {
+        assert!(lock(&self.channel).take().is_some(), "closed twice");
+    }
+
+    fn signalled(&self) {
+        self.signals.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn released(&self) {
+        self.released.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        inbox: 4,
+        outbox: 2,
+        ..Limits::default()
+    }
+}
+
+#[test]
+fn a_guest_finds_opens_and_uses_a_channel_and_lets_go_of_it() {
+    for version in [Version::V4_0, Version::V5_3, Version::V6_0] {
+        let guest = Guest::new(64);
+        let echo = Echo::new(1);
+        guest.bus.offer(echo.clone()).unwrap();
+        assert_eq!(guest.connect(version), [1]);
+        let (to_host, to_guest) = guest.open(1, 1);
+        assert!(echo.is_open());
+        assert!(guest.take_event(1, 1), "signalled once after the result");
+        let connection = 0x2001;
+        for id in 1..=500u64 {
+            let payload = [id as u8; 104];
+            if to_host.send(id, true, &payload).unwrap() {
+                guest.bus.signal_event(connection, 0).unwrap();
+            }
+            echo.run();
+            assert!(guest.take_event(1, 1));
+            let (answer, _) = to_guest.receive().unwrap();
+            assert_eq!((answer.packet_type, answer.transaction_id), (0xb, id));
+            assert_eq!(answer.payload, payload);
+        }
+        assert_eq!(echo.signals.load(Ordering::SeqCst), 500);
+        guest.post(&words(t::CLOSE_CHANNEL, &[1]));
+        guest.post(&words(t::GPADL_TEARDOWN, &[1, 0x10]));
+        assert_eq!(guest.messages(), [words(t::GPADL_TORNDOWN, &[0x10])]);
+        assert!(!echo.is_open());
+        guest.post(&words(t::UNLOAD, &[]));
+        assert_eq!(guest.messages(), [words(t::UNLOAD_RESPONSE, &[])]);
+    }
+}
+
+#[test]
+fn nothing_of_guest_memory_is_written_after_the_unload_response_or_a_reset() {
+    for reset in [false, true] {
+        let guest = Guest::new(64);
+        let echo = Echo::new(1);
+        guest.bus.offer(echo.clone()).unwrap();
+        guest.connect(Version::V5_3);
+        guest.open(1, 1);
+        let signal = lock(&echo.channel).as_ref().unwrap().signal.clone();
+        if reset {
+            guest.post_only(&words(t::GPADL_TEARDOWN, &[1, 0x10]));
+            guest.bus.reset();
+        } else {
+            guest.post(&words(t::UNLOAD, &[]));
+            assert_eq!(guest.messages(), [words(t::UNLOAD_RESPONSE, &[])]);
+        }
+        assert!(!echo.is_open());
+        let before = guest.memory();
+        signal.signal();
+        guest.post(&words(t::REQUEST_OFFERS, &[]));
+        guest.bus.offer(Echo::new(2)).unwrap();
+        guest.host.run();
+        assert_eq!(
+            guest.bus.signal_event(0x2001, 0),
+            Err(HvStatus::INVALID_CONNECTION_ID)
+        );
+        assert!(guest.memory() == before);
+        // The offers are still there for the next kernel.
+        assert_eq!(guest.connect(Version::V5_3), [1, 2]);
+    }
+}
+
+#[test]
+fn bad_messages_and_signals_get_their_status() {
+    let guest = Guest::new(64);
+    let bus = &guest.bus;
+    let invalid = Err(HvStatus::INVALID_CONNECTION_ID);
+    for connection in [0, 2, 3, 0x80_0074, 0x2001, 0x0100_0001] {
+        assert_eq!(bus.post_message(connection, 1, &[0; 8]), invalid);
+    }
+    let bad = Err(HvStatus::INVALID_PARAMETER);
+    assert_eq!(bus.post_message(1, 2, &[0; 8]), bad);
+    assert_eq!(bus.post_message(1, 1, &[0; 241]), bad);
+    assert_eq!(bus.post_message(1, 1, &[]), Ok(()));
+    guest.host.run();
+    assert_eq!(bus.counters().dropped_short, 1);
+
+    let echo = Echo::new(1);
+    bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    assert_eq!(bus.signal_event(0x2001, 0), invalid, "offered, but closed");
+    guest.open(1, 0);
+    assert_eq!(bus.signal_event(0x2001, 0), Ok(()));
+    assert_eq!(bus.signal_event(0x2001, 1), bad);
+    for connection in [0, 1, 4, 0x2000, 0x2002, 0x1_2001, u32::MAX] {
+        assert_eq!(bus.signal_event(connection, 0), invalid);
+    }
+    assert_eq!(echo.signals.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn the_inbox_is_bounded_and_the_guest_told_to_retry() {
+    let guest = Guest::new(64);
+    for _ in 0..4 {
+        guest.post_only(&words(t::REQUEST_OFFERS, &[]));
+    }
+    let full = Err(HvStatus::INSUFFICIENT_BUFFERS);
+    let message = words(t::REQUEST_OFFERS, &[]);
+    assert_eq!(guest.bus.post_message(1, 1, &message), full);
+    assert_eq!(guest.bus.counters().inbox_full, 1);
+    // A new kernel does not have to wait for the messages of the old one.
+    guest.post_only(&guest_os::contact(Version::V5_3, 0));
+    guest.host.run();
+    assert_eq!(guest.bus.counters().superseded, 4);
+    assert_eq!(guest.bus.counters().messages, 1);
+    assert_eq!(guest.bus.counters().connections, 1);
+}
+
+#[test]
+fn a_guest_that_reads_slowly_loses_nothing_and_one_that_does_not_is_held_up() {
+    let guest = Guest::new(2);
+    for n in 1..=20 {
+        guest.bus.offer(Echo::new(n)).unwrap();
+    }
+    guest.post_only(&guest_os::contact(Version::V5_3, 1));
+    guest.post_only(&words(t::REQUEST_OFFERS, &[]));
+    guest.host.run();
+    // Nothing is taken: the outbox is above its limit, so the inbox fills up.
+    for _ in 0..4 {
+        guest.post_only(&words(t::TL_CONNECT_REQUEST, &[0; 8]));
+        guest.host.run();
+    }
+    let full = Err(HvStatus::INSUFFICIENT_BUFFERS);
+    assert_eq!(
+        guest.bus.post_message(1, 1, &words(t::UNLOAD + 100, &[])),
+        full
+    );
+    let types: Vec<u8> = guest.messages().iter().map(|message| message[0]).collect();
+    let mut expected = vec![15];
+    expected.extend([1; 20]);
+    expected.push(4);
+    expected.extend([23; 4]);
+    assert_eq!(types, expected);
+}
+
+#[test]
+fn a_crash_kernel_connects_over_the_unread_messages_of_the_old_one() {
+    let guest = Guest::new(2);
+    for n in 1..=20 {
+        guest.bus.offer(Echo::new(n)).unwrap();
+    }
+    guest.post_only(&guest_os::contact(Version::V5_3, 1));
+    guest.post_only(&words(t::REQUEST_OFFERS, &[]));
+    guest.host.run();
+    for _ in 0..3 {
+        guest.post_only(&words(t::TL_CONNECT_REQUEST, &[0; 8]));
+        guest.host.run();
+    }
+    guest.post_only(&guest_os::contact(Version::V4_1, 0));
+    guest.host.run();
+    assert_eq!(
+        guest.messages_of(0),
+        [words(t::VERSION_RESPONSE, &[1, 0x4_0001])]
+    );
+    assert!(guest.bus.counters().superseded >= 3);
+}
+
+#[test]
+fn after_the_modify_response_only_the_new_vp_is_signalled() {
+    let guest = Guest::new(64);
+    let echo = Echo::new(1);
+    guest.bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    guest.open(1, 0);
+    assert!(guest.take_event(0, 1));
+    guest.post(&words(t::MODIFY_CHANNEL, &[1, 1]));
+    let answer = words(t::MODIFY_CHANNEL_RESPONSE, &[1, 0]);
+    assert_eq!(guest.messages(), [answer]);
+    echo.signal();
+    assert!(guest.take_event(1, 1));
+    assert!(!guest.take_event(0, 1));
+}
+
+#[test]
+fn a_channel_without_interrupts_is_never_signalled() {
+    let guest = Guest::new(64);
+    let echo = Echo::new(1);
+    guest.bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    guest.open(1, VP_NONE);
+    echo.signal();
+    assert!(!guest.take_event(0, 1) && !guest.take_event(1, 1));
+}
+
+#[test]
+fn a_revoked_channel_is_closed_rescinded_and_released() {
+    let guest = Guest::new(64);
+    let echo = Echo::new(1);
+    let id = guest.bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    guest.open(1, 1);
+    guest.take_event(1, 1);
+    guest.bus.revoke(id);
+    guest.host.run();
+    assert!(!echo.is_open());
+    assert_eq!(guest.messages(), [words(t::RESCIND_CHANNEL_OFFER, &[1])]);
+    let gone = Err(HvStatus::INVALID_CONNECTION_ID);
+    assert_eq!(guest.bus.signal_event(0x2001, 0), gone);
+    assert!(guest.bus.is_present(id));
+    let instance = echo.identity().instance;
+    let taken = Err(OfferError::InstanceInUse { instance });
+    assert_eq!(guest.bus.offer(Echo::new(1)), taken);
+
+    guest.post(&words(t::CLOSE_CHANNEL, &[1]));
+    guest.post(&words(t::RELID_RELEASED, &[1]));
+    assert_eq!(guest.messages(), [] as [Vec<u8>; 0]);
+    assert_eq!(echo.released.load(Ordering::SeqCst), 1);
+    assert!(!guest.bus.is_present(id));
+    // Hot-added anew.
+    guest.bus.offer(Echo::new(1)).unwrap();
+    guest.host.run();
+    assert_eq!(guest.messages()[0][184], 1);
+}
+
+#[test]
+fn a_device_or_ring_that_cannot_open_fails_the_open() {
+    let guest = Guest::new(64);
+    let echo = Echo::new(1);
+    guest.bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    let failed = words(t::OPEN_CHANNEL_RESULT, &[1, 0x10, wire::STATUS_FAILURE]);
+    echo.refuse.store(true, Ordering::SeqCst);
+    assert_eq!(guest.try_open(1, 1), std::slice::from_ref(&failed));
+    assert_eq!(
+        guest.bus.signal_event(0x2001, 0),
+        Err(HvStatus::INVALID_CONNECTION_ID)
+    );
+    echo.refuse.store(false, Ordering::SeqCst);
+    let bad_index = GuestRing::new(&guest.ram, &guest_os::TO_HOST);
+    bad_index.store(0, 12);
+    guest.post(&guest_os::open(1, 1));
+    assert_eq!(guest.messages(), [failed]);
+    assert!(!echo.is_open());
+    bad_index.store(0, 0);
+    guest.post(&guest_os::open(1, 1));
+    assert_eq!(
+        guest.messages(),
+        [words(t::OPEN_CHANNEL_RESULT, &[1, 0x10, 0])]
+    );
+}
+
+#[test]
+fn a_worker_that_cannot_be_adopted_fails_the_bus() {
+    #[derive(Debug)]
+    struct Full;
+    impl WorkerHost for Full {
+        fn adopt(&self, _: Weak<dyn Worker>) -> io::Result<Arc<dyn Trigger>> {
+            Err(io::ErrorKind::QuotaExceeded.into())
+        }
+    }
+    let guest = Guest::new(1);
+    let error = VmBus::new(VmBusConfig::default(), ram(1), guest.synic.clone(), &Full).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
+}

@@ -33,12 +33,21 @@ impl GuestRing {
     /// Initialises the control page as Linux does before it opens the channel.
     pub(crate) fn new(ram: &GuestRam, pfns: &[u64]) -> Self {
         ram.fill(pfns[0] * 4096, 4096, 0).unwrap();
-        let ring = Self {
-            ram: ram.clone(),
-            pfns: pfns.to_vec(),
-        };
+        let ring = Self::attach(ram, pfns);
         ring.store(64, 1);
         ring
+    }
+
+    /// A ring that is set up already.
+    pub(crate) fn attach(ram: &GuestRam, pfns: &[u64]) -> Self {
+        Self {
+            ram: ram.clone(),
+            pfns: pfns.to_vec(),
+        }
+    }
+
+    pub(crate) fn ram(&self) -> GuestRam {
+        self.ram.clone()
     }
 
     pub(crate) fn size(&self) -> u32 {
@@ -154,8 +163,8 @@ impl GuestRing {
         fence(Ordering::SeqCst);
         let pending = self.load(12);
         let free = self.free();
-        let signal =
-            self.load(64) & 1 == 1 && pending != 0 && free > pending && free - (len + 8) <= pending;
+        let signal = self.load(64) & 1 == 1 && pending != 0 && free > pending // As Linux does it: wraps if the host has already refilled the space.
+            && free.wrapping_sub(len + 8) <= pending;
         Some((received, signal))
     }
 }

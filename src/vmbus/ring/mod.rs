@@ -1,4 +1,4 @@
-//! Host side of a channel's two rings (docs/spec/vmbus.md#7-ring-buffer).
+//! Host side of a channel's two rings (docs/spec/vmbus.md#vmbus-7).
 //!
 //! The rings live in pages that the guest writes at any moment. Nothing read from them is trusted:
 //! the indices that the host owns are private copies and never read back; each index of the guest
@@ -23,8 +23,8 @@ mod reader;
 mod tests;
 mod writer;
 
-pub use reader::{Packet, PacketKind, RingReader};
-pub use writer::{Reservation, RingWriter};
+pub use reader::{Packet, PacketKind, RingReader, RingReaderState};
+pub use writer::{Reservation, RingWriter, RingWriterState};
 
 /// Why a ring call was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

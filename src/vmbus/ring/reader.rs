@@ -9,7 +9,7 @@ use super::{Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
-/// Kind of a packet (docs/spec/vmbus.md#72-packet).
+/// Kind of a packet (docs/spec/vmbus.md#vmbus-7-2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PacketKind {
     /// The payload is in the ring.
@@ -36,6 +36,19 @@ pub struct Packet {
     /// Bytes of payload in the packet, a multiple of 8: the true length plus padding. More than
     /// the caller's buffer holds if the packet was cut.
     pub payload_len: usize,
+}
+
+/// A [`RingReader`] as plain data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingReaderState {
+    /// Read index: start of the next packet.
+    pub next: u32,
+    /// Read index as the guest sees it.
+    pub published: u32,
+    /// The guest's write index as last seen.
+    pub write: u32,
+    /// The ring has stopped.
+    pub stopped: bool,
 }
 
 /// Reads packets from the guest-to-host ring.
@@ -70,6 +83,40 @@ impl RingReader {
         };
         Ok(Self {
             fuse: Fuse::default(),
+            consumer,
+        })
+    }
+
+    /// What a reader has to remember.
+    pub fn save(&self) -> RingReaderState {
+        RingReaderState {
+            next: self.consumer.next,
+            published: self.consumer.published,
+            write: self.consumer.write,
+            stopped: self.fuse.0,
+        }
+    }
+
+    /// A reader that goes on where [`save`](Self::save) was called, on the same pages. The control
+    /// page is not touched.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Pages`] if the pages do not make a ring, [`RingError::Index`] if an index of
+    /// `state` is bad.
+    pub fn restore(ram: GuestRam, pfns: &[u64], state: RingReaderState) -> Result<Self, RingError> {
+        let memory = RingMemory::new(ram, pfns)?;
+        let next = memory.check_index(state.next)?;
+        let published = memory.check_index(state.published)?;
+        let write = memory.check_index(state.write)?;
+        let consumer = Consumer {
+            memory,
+            next,
+            published,
+            write,
+        };
+        Ok(Self {
+            fuse: Fuse(state.stopped),
             consumer,
         })
     }
@@ -202,10 +249,10 @@ impl Consumer {
         if pending == 0 {
             return Ok(false);
         }
-        let used = self.available()?;
-        let size = self.memory.size;
-        let free_before = size - self.memory.distance(before, self.write);
-        Ok(free_before <= pending && size - used > pending)
+        let free = self.memory.size - self.available()?;
+        let freed = self.memory.distance(before, self.next);
+        // Less than nothing if the guest has already refilled what was freed.
+        Ok(free.saturating_sub(freed) <= pending && free > pending)
     }
 }
 

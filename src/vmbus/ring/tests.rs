@@ -10,6 +10,8 @@ use super::guest::{GuestRing, Received, ram};
 use super::*;
 use crate::hv::vmbus::ring::*;
 
+mod threads;
+
 /// Control page and two data pages, in an order that makes every page a run of its own.
 const PFNS: [u64; 3] = [3, 7, 5];
 
@@ -360,11 +362,30 @@ fn a_read_index_going_back_stops_the_writer() {
     assert_eq!(writer.reserve(0), Err(RingError::Stopped));
 }
 
+#[test]
+fn a_stopped_ring_stays_stopped_when_restored_and_bad_states_are_refused() {
+    let (guest, mut reader) = reader();
+    guest.store(WRITE_INDEX, 4);
+    reader.read(&mut []).unwrap_err();
+    let state = reader.save();
+    let mut restored = RingReader::restore(guest.ram(), &PFNS, state).unwrap();
+    assert_eq!(restored.read(&mut []), Err(RingError::Stopped));
+    let bad = RingReaderState { next: 4, ..state };
+    assert!(RingReader::restore(guest.ram(), &PFNS, bad).is_err());
+    let (guest, writer) = writer();
+    let bad = RingWriterState {
+        write: 0x2000,
+        ..writer.save()
+    };
+    assert!(RingWriter::restore(guest.ram(), &PFNS, bad).is_err());
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Send(Vec<u8>),
     Receive,
     Publish,
+    Restore,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -373,6 +394,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => payload.prop_map(Step::Send),
         2 => Just(Step::Receive),
         1 => Just(Step::Publish),
+        1 => Just(Step::Restore),
     ];
     prop::collection::vec(step, 1..120)
 }
@@ -442,6 +464,11 @@ proptest! {
                     in_ring = sent.len();
                     prop_assert_eq!(reader.unmask().unwrap(), in_ring > 0);
                 }
+                Step::Restore => {
+                    let state = reader.save();
+                    reader = RingReader::restore(guest.ram(), &PFNS, state).unwrap();
+                    prop_assert_eq!(reader.save(), state);
+                }
             }
         }
     }
@@ -462,6 +489,11 @@ proptest! {
                     }
                     None => waiting = Some(payload.len()),
                 },
+                Step::Restore => {
+                    let state = writer.save();
+                    writer = RingWriter::restore(guest.ram(), &PFNS, state).unwrap();
+                    prop_assert_eq!(writer.save(), state);
+                }
                 Step::Receive | Step::Publish => {
                     let received = guest.receive();
                     let expected = sent.pop_front();

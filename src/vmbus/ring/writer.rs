@@ -18,6 +18,19 @@ pub struct Reservation {
     len: u32,
 }
 
+/// A [`RingWriter`] as plain data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingWriterState {
+    /// Write index.
+    pub write: u32,
+    /// The guest's read index as last seen.
+    pub read: u32,
+    /// The guest was asked to signal when there is room.
+    pub waiting: bool,
+    /// The ring has stopped.
+    pub stopped: bool,
+}
+
 /// Writes packets to the host-to-guest ring.
 ///
 /// Room is reserved before it is used. A device reserves the room for a completion before it reads
@@ -60,6 +73,41 @@ impl RingWriter {
         })
     }
 
+    /// What a writer has to remember. Reservations are not part of it: the device spends or drops
+    /// them before it is saved.
+    pub fn save(&self) -> RingWriterState {
+        RingWriterState {
+            write: self.producer.write,
+            read: self.producer.read,
+            waiting: self.producer.waiting,
+            stopped: self.fuse.0,
+        }
+    }
+
+    /// A writer that goes on where [`save`](Self::save) was called, on the same pages. The control
+    /// page is not touched.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Pages`] if the pages do not make a ring, [`RingError::Index`] if an index of
+    /// `state` is bad.
+    pub fn restore(ram: GuestRam, pfns: &[u64], state: RingWriterState) -> Result<Self, RingError> {
+        let memory = RingMemory::new(ram, pfns)?;
+        let write = memory.check_index(state.write)?;
+        let read = memory.check_index(state.read)?;
+        let producer = Producer {
+            memory,
+            write,
+            read,
+            reserved: 0,
+            waiting: state.waiting,
+        };
+        Ok(Self {
+            fuse: Fuse(state.stopped),
+            producer,
+        })
+    }
+
     /// Longest payload that one packet can have, in bytes.
     pub fn max_payload(&self) -> usize {
         self.producer.max_payload()
@@ -67,7 +115,7 @@ impl RingWriter {
 
     /// Reserves room for one packet with up to `payload_len` bytes of payload, or returns `None`
     /// if there is none. The guest has then been asked to signal the channel when there is; the
-    /// caller tries again when it does, or when it has released other reservations.
+    /// caller tries again when it does, or when it has spent or released other reservations.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! Contact, offers, disconnect (docs/spec/vmbus.md#2-connection-and-version-negotiation,
-//! docs/spec/vmbus.md#3-offers).
+//! Contact, offers, disconnect (docs/spec/vmbus.md#vmbus-2,
+//! docs/spec/vmbus.md#vmbus-3).
 #![forbid(unsafe_code)]
 
 use super::*;

@@ -1,5 +1,5 @@
 //! Opening, closing and modifying channels
-//! (docs/spec/vmbus.md#5-opening-closing-modifying).
+//! (docs/spec/vmbus.md#vmbus-5).
 #![forbid(unsafe_code)]
 
 use super::*;

@@ -4,13 +4,10 @@
 use super::connection::VERSIONS;
 use super::*;
 
-/// Layout version of [`ServerState`].
-pub const STATE_VERSION: u32 = 1;
-
 /// A [`Server`] as plain data. Limits, offers' devices and counters are not part of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerState {
-    /// [`STATE_VERSION`].
+    /// [`ServerState::VERSION`].
     pub version: u32,
     /// State of the connection.
     pub connection: Connection,
@@ -24,6 +21,11 @@ pub struct ServerState {
     pub actions: Vec<Action>,
     /// Messages not sent yet.
     pub outbox: Vec<Outgoing>,
+}
+
+impl ServerState {
+    /// Layout version.
+    pub const VERSION: u32 = 1;
 }
 
 /// Why a state was refused.
@@ -64,7 +66,7 @@ impl Server {
             }
         }
         ServerState {
-            version: STATE_VERSION,
+            version: ServerState::VERSION,
             connection: self.connection,
             channels: self.channels.iter().map(|(id, c)| (*id, *c)).collect(),
             next_id: self.next_id,
@@ -85,7 +87,7 @@ impl Server {
         vp_count: u32,
         state: ServerState,
     ) -> Result<Self, StateError> {
-        if state.version != STATE_VERSION {
+        if state.version != ServerState::VERSION {
             return Err(StateError::Version(state.version));
         }
         let mut server = Self::new(limits, ram, vp_count);

@@ -1,4 +1,4 @@
-//! GPADLs: docs/spec/vmbus.md#4-gpadls.
+//! GPADLs: docs/spec/vmbus.md#vmbus-4.
 #![forbid(unsafe_code)]
 
 use super::*;

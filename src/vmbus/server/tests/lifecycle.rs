@@ -1,4 +1,4 @@
-//! Open, close, modify, rescind: docs/spec/vmbus.md#51-channel-state-machine-host.
+//! Open, close, modify, rescind: docs/spec/vmbus.md#vmbus-5-1.
 #![forbid(unsafe_code)]
 
 use super::*;
