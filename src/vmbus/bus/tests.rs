@@ -92,10 +92,7 @@ impl Echo {
         };
         let mut buf = [0; 256];
         let mut signal = false;
-        loop {
-            let Some(room) = channel.writer.reserve(buf.len()).expect("ring") else {
-                break;
-            };
+        while let Some(room) = channel.writer.reserve(buf.len()).expect("ring") {
             let Some(packet) = channel.reader.read(&mut buf).expect("ring") else {
                 channel.writer.release(room);
                 break;

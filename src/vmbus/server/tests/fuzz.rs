@@ -55,6 +55,19 @@ fn well_formed() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
+/// What a guest sends about the channels and GPADLs of [`start`] when all goes well.
+fn likely() -> impl Strategy<Value = Vec<u8>> {
+    let relid = 1u32..3;
+    prop_oneof![
+        8 => relid.clone().prop_map(|n| open_message(n, 9, n, 0, 2)),
+        6 => relid.clone().prop_map(|n| words(t::CLOSE_CHANNEL, &[n])),
+        3 => relid.clone().prop_map(|n| words(t::GPADL_TEARDOWN, &[n, n])),
+        3 => relid.clone().prop_map(|n| gpadl_messages(n, n, &[4, 5, 6, 7]).remove(0)),
+        2 => relid.clone().prop_map(|n| words(t::MODIFY_CHANNEL, &[n, 1])),
+        1 => relid.prop_map(|n| words(t::RELID_RELEASED, &[n])),
+    ]
+}
+
 fn malformed() -> impl Strategy<Value = Vec<u8>> {
     let noise = (0u32..32, prop::collection::vec(any::<u8>(), 0..232))
         .prop_map(|(number, body)| message(number, &body));
@@ -74,12 +87,13 @@ fn malformed() -> impl Strategy<Value = Vec<u8>> {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        12 => (any::<bool>(), well_formed()).prop_map(|(port, bytes)| Step::Post(port, bytes)),
+        20 => likely().prop_map(|bytes| Step::Post(false, bytes)),
+        5 => (any::<bool>(), well_formed()).prop_map(|(port, bytes)| Step::Post(port, bytes)),
         3 => (any::<bool>(), malformed()).prop_map(|(port, bytes)| Step::Post(port, bytes)),
         2 => (1u128..6).prop_map(Step::Offer),
         1 => (1u64..8).prop_map(Step::Revoke),
-        8 => prop::bool::weighted(0.9).prop_map(Step::Perform),
-        6 => Just(Step::Send),
+        6 => prop::bool::weighted(0.9).prop_map(Step::Perform),
+        4 => Just(Step::Send),
         1 => prop::bool::weighted(0.05).prop_map(|reset| if reset { Step::Reset } else { Step::Send }),
     ]
 }
