@@ -341,3 +341,6 @@ impl MessageCalls for Connections {
         self.vmbus.signal_event(connection_id, flag)
     }
 }
+
+#[cfg(test)]
+mod tests;
