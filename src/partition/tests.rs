@@ -21,10 +21,13 @@ const WINDOW: u64 = APERTURE;
 const HIGH_APERTURE: u64 = 0x10_0000_0000;
 const SELF: u64 = u64::MAX;
 
+/// A worker, and whether it was triggered.
+type Adopted = (Arc<Pending>, Weak<dyn Worker>);
+
 /// Runs workers when told to, on the calling thread.
 #[derive(Debug, Default)]
 struct Loop {
-    workers: Mutex<Vec<(Arc<Pending>, Weak<dyn Worker>)>>,
+    workers: Mutex<Vec<Adopted>>,
 }
 
 #[derive(Debug, Default)]
