@@ -2,7 +2,7 @@
 //!
 //! Linux sends an empty list and places BARs itself afterwards. Other guests send the memory of
 //! each BAR and the interrupts that they want mapped, and get the latter back translated
-//! (docs/spec/vpci.md#5-behaviour-message-by-message).
+//! (docs/spec/vpci.md#vpci-5).
 #![forbid(unsafe_code)]
 
 use super::function::BAR_COUNT;

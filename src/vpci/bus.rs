@@ -212,7 +212,7 @@ impl Bus {
 
     /// Moves an interrupt of a function to another vector and other VPs. Effective when this
     /// returns: nothing is delivered the old way any more, and no event is lost. Never waits for a
-    /// worker (docs/spec/vpci.md#72-hvcall_retarget_interrupt-0x007e-x86).
+    /// worker (docs/spec/vpci.md#vpci-7-2).
     ///
     /// # Errors
     ///

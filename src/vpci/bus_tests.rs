@@ -272,7 +272,7 @@ fn a_corrupt_ring_stops_until_the_channel_is_closed() {
     assert_eq!(guest.config_read(0, 0), 0x5650_1234);
 }
 
-/// With the worker stuck in a request, and a configuration write under way, as in the worst case.
+/// With the worker stuck in a request, as in the worst case.
 #[test]
 fn configuration_reads_and_retargets_wait_for_no_worker() {
     let mut guest = guest();

@@ -1,7 +1,7 @@
 //! A function's configuration space: type 0 header and capability list.
 //!
 //! Plain registers: reads take no lock, so that they are answered while anything else goes on
-//! (docs/spec/vpci.md#71-create--delete: a guest polls the vendor id with interrupts off while the
+//! (docs/spec/vpci.md#VP-7.1-10: a guest polls the vendor id with interrupts off while the
 //! bus's worker creates its interrupt). Writes must be serialised by the caller, who also carries
 //! out what they ask for. Registers are those of PCI Local Bus Specification 3.0, chapter 6.
 #![forbid(unsafe_code)]
@@ -166,7 +166,7 @@ impl ConfigSpace {
 
     /// Writes `data` (1, 2 or 4 bytes, inside one double word, else nothing). BAR writes are
     /// dropped while memory decode is on
-    /// (docs/spec/vpci.md#6-config-window-0x2000-bytes-gpa-from-d0entry).
+    /// (docs/spec/vpci.md#vpci-6).
     pub(crate) fn write(&self, offset: usize, data: &[u8]) -> Changes {
         let mut changes = Changes::default();
         let Some((index, shift)) = locate(offset, data.len()) else {

@@ -242,8 +242,10 @@ proptest! {
             prop_assert!(space.accepts(&saved));
             let twin = self::space();
             twin.restore(&saved);
-            for offset in (0..0x1000).step_by(4) {
-                prop_assert_eq!(read(&twin, offset), read(&space, offset));
+            prop_assert_eq!(twin.save(), saved);
+            let at = offset & !3;
+            if at < 0x1000 {
+                prop_assert_eq!(read(&twin, at), read(&space, at));
             }
         }
         let mut bad = space.save();

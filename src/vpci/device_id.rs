@@ -6,7 +6,7 @@ use std::fmt;
 use uuid::Uuid;
 
 /// Names a function of a partition in HVCALL_RETARGET_INTERRUPT and the device domain calls
-/// (docs/spec/vpci.md#11-what-the-instance-guid-bytes-decide). Bits 2:0 are the function number,
+/// (docs/spec/vpci.md#vpci-1-1). Bits 2:0 are the function number,
 /// the rest comes from the bus's instance GUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LogicalDeviceId(u32);

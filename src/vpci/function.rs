@@ -144,7 +144,7 @@ pub struct FunctionResources {
 /// called from any virtual CPU thread, possibly several at once, with no lock of the bus held, and
 /// must return after bounded work: longer work belongs to the device's own worker.
 pub trait PciFunction: Send + Sync + Debug {
-    /// The constant facts. Called once, when the function is plugged in.
+    /// The constant facts. Called when the function is plugged in.
     fn layout(&self) -> FunctionLayout;
 
     /// Hands over DMA and interrupts. Called once, before any other access.

@@ -6,7 +6,7 @@
 //! handlers are safe at any time.
 #![forbid(unsafe_code)]
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,12 +62,19 @@ pub trait MmioHandler: Send + Sync + Debug {
     fn mmio_write(&self, offset: u64, data: &[u8]);
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct Region {
     base: u64,
     /// First address behind the region.
     end: u64,
     handler: Arc<dyn MmioHandler>,
+}
+
+/// Without the handler, which may lead back here.
+impl Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..{:#x}", self.base, self.end)
+    }
 }
 
 /// Counts of accesses since the space was made.
@@ -257,7 +264,6 @@ impl MmioSpace {
 }
 
 /// A registered region; dropping it removes the region.
-#[derive(Debug)]
 pub struct MmioRegion {
     space: Arc<MmioSpace>,
     base: u64,
@@ -273,6 +279,12 @@ impl MmioRegion {
     /// Length of the region in bytes.
     pub fn size(&self) -> u64 {
         self.len
+    }
+}
+
+impl Debug for MmioRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}+{:#x}", self.base, self.len)
     }
 }
 

@@ -2,7 +2,7 @@
 //! that answer it go out. What a request asks for happens to the functions of a [`BusCore`].
 //!
 //! Requests are handled one at a time, in ring order
-//! (docs/spec/vpci.md#3-framing-and-statuses). Every request yields the payload of a completion;
+//! (docs/spec/vpci.md#VP-3-06). Every request yields the payload of a completion;
 //! the caller sends it if the guest asked for one.
 #![forbid(unsafe_code)]
 
@@ -123,7 +123,7 @@ impl Protocol {
     }
 
     /// The channel closed: everything that the guest did is undone
-    /// (docs/spec/vpci.md#9-suspend-hibernate-kexec).
+    /// (docs/spec/vpci.md#vpci-9).
     pub(crate) fn close(&mut self, core: &BusCore) {
         self.leave_d0(core);
         self.version = None;
@@ -291,7 +291,7 @@ impl Protocol {
     }
 
     /// Unmaps the config window and releases all functions: on unbind Linux does not release them
-    /// itself (docs/spec/vpci.md#5-behaviour-message-by-message).
+    /// itself (docs/spec/vpci.md#vpci-5).
     fn leave_d0(&mut self, core: &BusCore) {
         self.window = None;
         for function in core.functions() {

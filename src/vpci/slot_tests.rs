@@ -368,3 +368,18 @@ fn saved_registers_come_back_with_their_effects() {
     assert!(copy.slot.dma.is_master());
     assert_eq!(lock(&copy.board.live).len(), 1);
 }
+
+/// A guest polls the vendor id with interrupts off; a write of another VP may be waiting for DMA to
+/// drain at that time.
+#[test]
+fn configuration_reads_do_not_wait_for_a_write_under_way() {
+    let rig = rig();
+    let write_under_way = lock(&rig.slot.placement);
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| send.send(rig.read(0) & 0xffff).unwrap());
+        let answer = receive.recv_timeout(std::time::Duration::from_secs(10));
+        drop(write_under_way);
+        assert_eq!(answer, Ok(0x1234));
+    });
+}

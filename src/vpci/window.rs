@@ -1,5 +1,5 @@
 //! The config window: how a guest reaches the configuration spaces of a bus's functions
-//! (docs/spec/vpci.md#6-config-window-0x2000-bytes-gpa-from-d0entry).
+//! (docs/spec/vpci.md#vpci-6).
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;

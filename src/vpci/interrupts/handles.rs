@@ -5,7 +5,7 @@
 //! this table, so nothing that a guest writes reaches the interrupt fabric.
 //!
 //! Handles are given out lowest first, so that a guest which creates its interrupts anew in the
-//! same order gets the same ones (docs/spec/vpci.md#71-create--delete, hibernation).
+//! same order gets the same ones (docs/spec/vpci.md#VP-7.1-12).
 //!
 //! Lock order: the allocator, then a route. [`MsiSink::raise_msi`] runs inside the route's lock;
 //! whoever replaces or removes the route thereby waits for the interrupt under way.
@@ -18,7 +18,7 @@ use crate::vmm::{Msi, MsiSink};
 use crate::vpci::lock;
 
 /// Address of every handle: the start of the local APIC's message window, below 4 GiB because a
-/// guest passes on the low half alone (docs/spec/vpci.md#71-create--delete).
+/// guest passes on the low half alone (docs/spec/vpci.md#VP-7.1-02).
 pub const HANDLE_ADDRESS: u32 = 0xfee0_0000;
 
 /// Data values that handles can have. More than messages can be live, to leave room for the
@@ -440,6 +440,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn blocks_never_overlap_and_saving_keeps_the_next_handles(
             steps in proptest::collection::vec((1u16..=32, any::<u16>(), any::<bool>()), 1..120)

@@ -9,8 +9,7 @@
 //!
 //! Whoever masks a vector, moves or unmaps its message takes the same lock, so that when he is
 //! done nothing is delivered the old way, and each event goes the old way, the new way, or stays
-//! pending, but is never lost (docs/spec/vpci.md#71-create--delete, "No device mask around a
-//! retarget").
+//! pending, but is never lost (docs/spec/vpci.md#VP-7.1-08).
 //!
 //! Lock order: an MSI-X entry or the MSI state, then a route. No allocation when raising.
 #![forbid(unsafe_code)]
