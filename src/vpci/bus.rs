@@ -130,6 +130,8 @@ pub struct FunctionReport {
 #[derive(Debug)]
 struct Open {
     channel: OpenedChannel,
+    /// Private copy of the request being handled.
+    request: Box<[u8]>,
     replies: Replies,
     /// Room for the answers of the next request.
     rooms: Option<(Reservation, Reservation)>,
@@ -148,10 +150,8 @@ pub(super) struct Channel {
 pub struct Bus {
     config: BusConfig,
     pub(super) core: BusCore,
-    /// A request under way, or none: see the lock order in [`crate::vpci`].
+    /// Locked for each step of the worker: see the lock order in [`crate::vpci`].
     pub(super) channel: Mutex<Channel>,
-    /// The request being handled.
-    request: Mutex<Box<[u8; MAX_PAYLOAD_LEN]>>,
     trigger: OnceLock<Arc<dyn Trigger>>,
 }
 
@@ -185,7 +185,6 @@ impl Bus {
                 numa_node: config.numa_node,
             },
             channel: Mutex::default(),
-            request: Mutex::new(Box::new([0; MAX_PAYLOAD_LEN])),
             trigger: OnceLock::new(),
         });
         let weak: Weak<Self> = Arc::downgrade(&bus);
@@ -290,8 +289,7 @@ impl Bus {
             return Ok(false);
         }
         let ring = &mut open.channel;
-        let mut request = lock(&self.request);
-        let Some(packet) = ring.reader.read(&mut request[..])? else {
+        let Some(packet) = ring.reader.read(&mut open.request)? else {
             if ring.reader.publish()? {
                 ring.signal.signal();
             }
@@ -299,7 +297,7 @@ impl Bus {
         };
         let replies = &mut open.replies;
         let protocol = &mut channel.protocol;
-        match request.get(..packet.payload_len) {
+        match open.request.get(..packet.payload_len) {
             _ if packet.kind == PacketKind::Completion => {}
             Some(payload) if packet.kind == PacketKind::InBand => {
                 protocol.handle(&self.core, payload, replies);
@@ -347,6 +345,7 @@ impl Open {
         }
         Ok(Self {
             channel,
+            request: vec![0; MAX_PAYLOAD_LEN].into(),
             replies: Replies::new(limit),
             rooms: None,
         })

@@ -496,3 +496,51 @@ fn a_bad_saved_state_is_refused_and_leaves_the_interrupts_off() {
         assert!(matches!(check(&change), StateError::Handle(_)));
     }
 }
+
+/// Stays in a delivery for a while once it was asked to.
+#[derive(Debug)]
+struct Slow {
+    inside: std::sync::Barrier,
+    left: AtomicBool,
+}
+
+impl MsiSink for Slow {
+    fn raise_msi(&self, _msi: Msi) {
+        self.inside.wait();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        self.left.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn whoever_masks_moves_or_unmaps_a_vector_waits_for_its_delivery_under_way() {
+    let actions: [fn(&Interrupts); 6] = [
+        |interrupts| {
+            interrupts
+                .handles
+                .retarget(ADDRESS, 0, to(0x99, 1))
+                .unwrap();
+        },
+        |interrupts| assert!(interrupts.handles.delete(ADDRESS, 0)),
+        |interrupts| interrupts.table_write(12, &1u32.to_le_bytes()),
+        |interrupts| interrupts.set_msix_control(MASKED),
+        |interrupts| interrupts.set_msix_control(MsixControl::default()),
+        Interrupts::reset,
+    ];
+    for (index, action) in actions.iter().enumerate() {
+        let slow = Arc::new(Slow {
+            inside: std::sync::Barrier::new(2),
+            left: AtomicBool::new(false),
+        });
+        let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), slow.clone());
+        let data = interrupts.handles.create(0x20, 1, 0).unwrap();
+        program(&interrupts, 0, ADDRESS, data);
+        interrupts.set_msix_control(ON);
+        std::thread::scope(|scope| {
+            scope.spawn(|| interrupts.raise(0));
+            slow.inside.wait();
+            action(&interrupts);
+            assert!(slow.left.load(Ordering::SeqCst), "action {index}");
+        });
+    }
+}
