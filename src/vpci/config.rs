@@ -6,7 +6,10 @@
 //! out what they ask for. Registers are those of PCI Local Bus Specification 3.0, chapter 6.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use arrayvec::ArrayVec;
 
 use super::function::{BAR_COUNT, BarSpec, FunctionLayout};
 use super::layout::LayoutError;
@@ -81,6 +84,9 @@ pub(crate) struct MsixControl {
     pub(crate) masked: bool,
 }
 
+/// A capability without its id and next pointer.
+pub(crate) type Body = ArrayVec<u8, { DWORDS * 4 }>;
+
 /// The registers.
 #[derive(Debug)]
 pub(crate) struct ConfigSpace {
@@ -94,6 +100,8 @@ pub(crate) struct ConfigSpace {
     msi: Option<(usize, u8)>,
     /// First double word of the MSI-X capability.
     msix: Option<usize>,
+    /// Where the bodies of the layout's capabilities lie, in bytes.
+    bodies: Vec<Range<usize>>,
 }
 
 impl ConfigSpace {
@@ -101,8 +109,11 @@ impl ConfigSpace {
     pub(crate) fn new(layout: &FunctionLayout, multi_function: bool) -> Result<Self, LayoutError> {
         let mut build = Builder::default();
         build.header(layout, multi_function);
+        let mut bodies = Vec::new();
         for capability in &layout.capabilities {
-            build.capability(capability.id, &capability.body, &capability.writable)?;
+            let body = &capability.body;
+            let at = 4 * build.capability(capability.id, body, &capability.writable)? + 2;
+            bodies.push(at..at + body.len());
         }
         let msix = match &layout.msix {
             Some(spec) => {
@@ -139,7 +150,18 @@ impl ConfigSpace {
             bars: layout.bars,
             msi,
             msix,
+            bodies,
         })
+    }
+
+    /// The capability of the layout whose body holds `offset`: its index, how far into the body
+    /// that is, and the body.
+    pub(crate) fn body_at(&self, offset: usize) -> Option<(usize, usize, Body)> {
+        let index = self.bodies.iter().position(|b| b.contains(&offset))?;
+        let range = self.bodies[index].clone();
+        let start = range.start;
+        let byte = |at: usize| self.load(at / 4).to_le_bytes()[at % 4];
+        Some((index, offset - start, range.map(byte).collect()))
     }
 
     /// Back to the state after reset: decode and bus mastering off, BARs zero.

@@ -157,6 +157,18 @@ pub trait PciFunction: Send + Sync + Debug {
     /// A guest store to BAR `bar`; same rules.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
 
+    /// A guest load from capability `capability` of the layout, `offset` bytes into its body; `data`
+    /// holds what the bus has stored there, and `body` the whole body. For registers that the bus
+    /// cannot keep for the device, such as virtio's window on its BARs (virtio 1.2, 4.1.4.9).
+    fn capability_read(&self, capability: usize, offset: usize, body: &[u8], data: &mut [u8]) {
+        let _ = (capability, offset, body, data);
+    }
+
+    /// A guest store of `len` bytes to a capability, after the writable bits were stored in `body`.
+    fn capability_write(&self, capability: usize, offset: usize, body: &[u8], len: usize) {
+        let _ = (capability, offset, body, len);
+    }
+
     /// Registers whose stores may ring an eventfd. Asked once, when the function is plugged in.
     fn doorbells(&self) -> Vec<DoorbellRegister> {
         Vec::new()

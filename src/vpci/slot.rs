@@ -112,6 +112,9 @@ impl FunctionSlot {
     pub(crate) fn config_read(&self, offset: usize, data: &mut [u8]) {
         self.config
             .read(offset, data, self.interrupts.msi_pending());
+        if let Some((capability, at, body)) = self.config.body_at(offset) {
+            self.device.capability_read(capability, at, &body, data);
+        }
     }
 
     /// A guest's store to the configuration space; dropped while the bus is not in D0.
@@ -129,6 +132,11 @@ impl FunctionSlot {
         }
         if changes.msi {
             self.apply_msi();
+        }
+        drop(placement);
+        if let Some((capability, at, body)) = self.config.body_at(offset) {
+            self.device
+                .capability_write(capability, at, &body, data.len());
         }
     }
 

@@ -304,6 +304,14 @@ impl PciFunction for Blk {
         self.disk.pci.bar_write(bar, offset, data);
     }
 
+    fn capability_read(&self, _capability: usize, offset: usize, body: &[u8], data: &mut [u8]) {
+        self.disk.pci.capability_read(offset, body, data);
+    }
+
+    fn capability_write(&self, _capability: usize, offset: usize, body: &[u8], _len: usize) {
+        self.disk.pci.capability_write(offset, body);
+    }
+
     fn doorbells(&self) -> Vec<DoorbellRegister> {
         self.disk.pci.doorbells()
     }

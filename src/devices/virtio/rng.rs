@@ -142,6 +142,14 @@ impl PciFunction for Rng {
         self.source.pci.bar_write(bar, offset, data);
     }
 
+    fn capability_read(&self, _capability: usize, offset: usize, body: &[u8], data: &mut [u8]) {
+        self.source.pci.capability_read(offset, body, data);
+    }
+
+    fn capability_write(&self, _capability: usize, offset: usize, body: &[u8], _len: usize) {
+        self.source.pci.capability_write(offset, body);
+    }
+
     fn doorbells(&self) -> Vec<DoorbellRegister> {
         self.source.pci.doorbells()
     }

@@ -44,6 +44,8 @@ const DEVICE_PAGE: u64 = 2;
 const NOTIFY_PAGE: u64 = 3;
 const MSIX_TABLE_PAGE: u64 = 4;
 const MSIX_PBA_PAGE: u64 = 5;
+/// Place of the data register in the body of the window capability.
+const WINDOW_DATA: usize = 14;
 /// Bytes from one queue's doorbell to the next.
 const NOTIFY_MULTIPLIER: u32 = 4;
 
@@ -243,7 +245,42 @@ impl VirtioPci {
             let device = structure(CapType::Device, DEVICE_PAGE, len, &[]);
             layout.capabilities.push(device);
         }
+        layout.capabilities.push(window());
         layout
+    }
+
+    /// The registers that the window capability selects, and where in them it looks.
+    fn window_target(&self, body: &[u8], offset: usize) -> Option<(u64, usize)> {
+        let word = |at: usize| {
+            let bytes = body.get(at..at + 4)?.try_into().ok()?;
+            Some(u32::from_le_bytes(bytes))
+        };
+        let is_window = body.get(1) == Some(&(CapType::Pci as u8)) && offset == WINDOW_DATA;
+        let (at, len) = (u64::from(word(6)?), word(10)?);
+        let valid = matches!(len, 1 | 2 | 4)
+            && at.is_multiple_of(u64::from(len))
+            && at < BAR_SIZE
+            && body[2] == BAR;
+        (is_window && valid).then_some((at, len as usize))
+    }
+
+    /// A load from the window on the BARs (virtio 1.2, 4.1.4.9).
+    pub(super) fn capability_read(&self, offset: usize, body: &[u8], data: &mut [u8]) {
+        if let Some((at, len)) = self.window_target(body, offset) {
+            let mut bytes = [0; 4];
+            self.bar_read(BAR, at, &mut bytes[..len]);
+            let len = data.len().min(bytes.len());
+            data[..len].copy_from_slice(&bytes[..len]);
+        }
+    }
+
+    /// A store to the window.
+    pub(super) fn capability_write(&self, offset: usize, body: &[u8]) {
+        if let Some((at, len)) = self.window_target(body, offset)
+            && let Some(data) = body.get(WINDOW_DATA..WINDOW_DATA + len)
+        {
+            self.bar_write(BAR, at, data);
+        }
     }
 
     pub(super) fn doorbells(&self) -> Vec<DoorbellRegister> {
@@ -586,6 +623,15 @@ fn structure(kind: CapType, page: u64, len: u32, tail: &[u8]) -> Capability {
         writable: vec![0; body.len()],
         body,
     }
+}
+
+/// The window on the BARs: the driver selects BAR, offset and length, then loads or stores the data
+/// register behind them (virtio 1.2, 4.1.4.9).
+fn window() -> Capability {
+    let mut window = structure(CapType::Pci, 0, 0, &[0; 4]);
+    window.writable[2] = 0xff;
+    window.writable[6..].fill(0xff);
+    window
 }
 
 /// Copies what of `source` lies at `offset`; the rest of `data` stays.
