@@ -12,6 +12,7 @@ mod fuzz;
 mod gpadls;
 mod lifecycle;
 mod negotiation;
+mod promises;
 
 /// VPs of the test VM.
 const VPS: u32 = 2;

@@ -56,7 +56,7 @@ fn well_formed() -> impl Strategy<Value = Vec<u8>> {
 }
 
 /// What a guest sends about the channels and GPADLs of [`start`] when all goes well.
-fn likely() -> impl Strategy<Value = Vec<u8>> {
+pub(super) fn likely() -> impl Strategy<Value = Vec<u8>> {
     let relid = 1u32..3;
     prop_oneof![
         8 => relid.clone().prop_map(|n| open_message(n, 9, n, 0, 2)),
@@ -182,7 +182,7 @@ fn check_rest(server: &mut Server) {
 }
 
 /// A connected guest, so that more of the steps mean something.
-fn start() -> Server {
+pub(super) fn start() -> Server {
     let mut bed = Bed::connected(Version::V5_3, 3);
     for relid in 1..3 {
         let pfns = [4, 5, 6, 7];
