@@ -261,7 +261,7 @@ pub struct CreateInterruptReply {
 pub struct DeleteInterrupt {
     /// [`MessageType::DeleteInterrupt`] or [`MessageType::DeleteInterrupt2`].
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// As CREATE_INTERRUPT returned it.
     pub message: Message,
