@@ -22,6 +22,8 @@ pub mod spec;
 mod transport;
 
 #[cfg(test)]
+mod bus_tests;
+#[cfg(test)]
 mod testing;
 
 pub use blk::{Blk, BlkConfig, BlkCounters, BlkError, BlkState, MAX_BLK_QUEUES};

@@ -71,3 +71,23 @@ fn the_loop_may_refuse_the_worker() {
     };
     assert!(Rng::new(RngConfig::default(), &host).is_err());
 }
+
+#[test]
+fn a_restored_device_goes_on_where_the_saved_one_stopped() {
+    let (old, host, rng) = bed();
+    let mut queue = old.start(VERSION_1, 1).remove(0);
+    queue.add(&old.ram, &[into(DATA, 16)]);
+    old.kick(&queue);
+    host.run();
+    assert!(queue.used(&old.ram).is_some());
+    let state = rng.save().unwrap();
+    let (new, host, rng) = bed();
+    new.ram.write(0, &old.bytes(0, 0x10_1000)).unwrap();
+    rng.restore(&state).unwrap();
+    assert_eq!(rng.save().unwrap(), state);
+    let head = queue.add(&new.ram, &[into(DATA, 16)]);
+    new.kick(&queue);
+    host.run();
+    assert_eq!(queue.used(&new.ram), Some((head, 16)));
+    assert_eq!(new.lines.take(), [1]);
+}
