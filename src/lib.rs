@@ -6,6 +6,8 @@ pub mod devices;
 pub mod dma;
 pub mod hv;
 pub mod hypercall;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod mem;
 pub mod msr;
 pub mod partition;

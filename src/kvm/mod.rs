@@ -1,0 +1,30 @@
+//! KVM transport: what connects a [`crate::partition::Partition`] to a VM made with `kvm-ioctls`.
+//!
+//! VMM-only mode (docs/spec/kvm.md, section 1): works on every KVM, with and without its own
+//! Hyper-V emulation. The order of the calls, and what each is for:
+//!
+//! 1. [`HostSupport::check`]: is everything there that this module needs?
+//! 2. [`prepare_vm`], after the irqchip and before the first vCPU: capabilities and MSR filter;
+//! 3. [`xsave::find_fault`] once, then [`cpuid::guest_cpuid`] for each vCPU, before it runs: the Hyper-V leaves, and the host's
+//!    leaves made fit for a guest without KVM's paravirtual interface;
+//! 4. [`prepare_vcpu`] once for each vCPU;
+//! 5. [`KvmMsiSink`] and [`KvmDoorbells`] are handed to the partition;
+//! 6. on an OUT to the hypercall port, [`hypercall::answer`]; MSR and MMIO exits carry all they
+//!    need themselves.
+
+mod capability;
+pub mod cpuid;
+mod doorbell;
+pub mod hypercall;
+mod msi;
+pub mod xsave;
+
+pub use capability::{
+    HostSupport, KvmError, forward_tsc_invariant, prepare_vcpu, prepare_vm, tsc_hz,
+};
+pub use doorbell::KvmDoorbells;
+pub use msi::KvmMsiSink;
+
+/// Input clock of KVM's in-kernel local APIC timer in Hz, unless the VMM changed it with
+/// KVM_CAP_X86_APIC_BUS_CYCLES_NS (docs/spec/kvm.md, section 4).
+pub const APIC_TIMER_HZ: u64 = 1_000_000_000;
