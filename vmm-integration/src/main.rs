@@ -1,5 +1,66 @@
 //! Reference VMM: boots Linux guests whose PCI devices sit on a Hyper-V vPCI bus.
+//!
+//! [`embed`] is the guide for embedding the library: every call into it is there. The rest is a
+//! plain KVM machine without PCI, PIT and RTC.
 
-fn main() {
-    println!("vpci-vmm {}", env!("CARGO_PKG_VERSION"));
+mod acpi;
+mod cli;
+mod console;
+mod control;
+mod counters;
+mod embed;
+mod error;
+mod image;
+mod kernel;
+mod layout;
+mod long_mode;
+mod machine;
+mod marks;
+mod memory;
+mod pci_config;
+mod ports;
+mod report;
+mod rtc;
+mod run;
+mod signals;
+mod size;
+mod spec;
+mod vcpu;
+mod vcpu_state;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+/// Exit status for a command line that cannot be carried out.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    env_logger::Builder::new()
+        .filter_level(log::LevelFilter::Warn)
+        .parse_default_env()
+        .format_timestamp(None)
+        .init();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            // Help or version. Nothing sensible can be done when standard output is closed.
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("vpci-vmm: {}", cli::one_line(&error));
+            return ExitCode::from(USAGE);
+        }
+    };
+    let Command::Run(args) = cli.command;
+    match run::run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vpci-vmm: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
 }

@@ -1,0 +1,135 @@
+//! The command line.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::parse_memory;
+
+/// Most virtual CPUs: the 8-bit APIC ids without the broadcast id.
+pub(crate) const MAX_CPUS: i64 = 254;
+
+const VPCI_HELP: &str = "A PCI function, repeatable: blk,path=FILE[,readonly=on][,queues=N] | rng \
+     | testdev, each with [,bus=GUID][,fn=N]";
+
+/// Reference VMM of vm-vpci: runs Linux guests whose PCI devices sit on Hyper-V vPCI buses.
+#[derive(Debug, Parser)]
+#[command(name = "vpci-vmm", version, about)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a Linux guest, its serial port on the terminal (Ctrl-C ends it).
+    ///
+    /// Exit status: 0 the guest powered off, 1 the run failed, 2 the command line asks for
+    /// something impossible, 3 the host lacks something.
+    Run(RunArgs),
+}
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Linux kernel (bzImage).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "console=ttyS0",
+        allow_hyphen_values = true
+    )]
+    pub(crate) cmdline: String,
+    /// Number of virtual CPUs, 1 to 254.
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(1..=MAX_CPUS))]
+    pub(crate) cpus: u8,
+    /// Guest RAM, such as 512M or 2G.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    pub(crate) memory: u64,
+    /// Who answers the guest's Hyper-V hypercalls.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = HypervMode::Auto)]
+    pub(crate) hyperv: HypervMode,
+    /// A PCI function; see [`crate::spec`] for the form.
+    #[arg(long = "vpci", value_name = "SPEC", help = VPCI_HELP)]
+    pub(crate) vpci: Vec<String>,
+    /// Write a JSON report of the run to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+}
+
+/// Who answers the guest's Hyper-V hypercalls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HypervMode {
+    /// Whatever works best on this host.
+    Auto,
+    /// KVM where it can, this program for the rest.
+    Kernel,
+    /// This program alone; works on every KVM.
+    User,
+}
+
+/// A clap error as the one line that scripts and people read first.
+pub(crate) fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{line} (see vpci-vmm run --help)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(args: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(["vpci-vmm"].into_iter().chain(args.split_whitespace()))
+    }
+
+    fn refusal(args: &str) -> String {
+        one_line(&parse(args).unwrap_err())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_kernel_is_all_that_is_needed() {
+        let Command::Run(args) = parse("run --kernel k").unwrap().command;
+        assert_eq!((args.cpus, args.memory), (1, 512 << 20));
+        assert_eq!(args.cmdline, "console=ttyS0");
+        assert_eq!(args.hyperv, HypervMode::Auto);
+        assert!(args.vpci.is_empty());
+    }
+
+    #[test]
+    fn refusals_are_one_line_that_names_the_option() {
+        for (args, expected) in [
+            ("run", "--kernel <FILE>"),
+            ("run --kernel k --cpus 0", "'--cpus <N>'"),
+            ("run --kernel k --cpus 255", "'--cpus <N>'"),
+            ("run --kernel k --cpus x", "'--cpus <N>'"),
+            ("run --kernel k --memory 512", "'--memory <SIZE>'"),
+            ("run --kernel k --hyperv on", "'--hyperv <WHO>'"),
+            ("run --kernel k --bogus", "'--bogus'"),
+            ("run --kernel k extra", "'extra'"),
+            ("jump", "'jump'"),
+        ] {
+            let line = refusal(args);
+            assert!(line.contains(expected), "{args}: {line}");
+            assert!(!line.contains('\n'), "{args}: {line}");
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The library's counters under the names that reports use.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use vm_vpci::partition::PartitionCounters;
+
+/// All counters, as `layer.counter`.
+pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
+    let PartitionCounters {
+        hypercalls,
+        synic,
+        vmbus,
+        mmio,
+    } = counters;
+    let mut named: BTreeMap<String, u64> = [
+        ("hypercall.unknown_codes", hypercalls.unknown_codes),
+        ("hypercall.invalid_opcodes", hypercalls.invalid_opcodes),
+        ("hypercall.restarts", hypercalls.restarts),
+        ("synic.posted", synic.posted),
+        ("synic.delivered", synic.delivered),
+        ("synic.queue_full", synic.queue_full),
+        ("synic.discarded", synic.discarded),
+        ("synic.events", synic.events),
+        ("synic.events_merged", synic.events_merged),
+        ("synic.events_refused", synic.events_refused),
+        ("synic.interrupts", synic.interrupts),
+        ("vmbus.messages", vmbus.messages),
+        ("vmbus.connections", vmbus.connections),
+        ("vmbus.contacts_refused", vmbus.contacts_refused),
+        ("vmbus.gpadls_refused", vmbus.gpadls_refused),
+        ("vmbus.opens_refused", vmbus.opens_refused),
+        ("vmbus.modifies_refused", vmbus.modifies_refused),
+        ("vmbus.dropped_short", vmbus.dropped_short),
+        ("vmbus.dropped_unknown", vmbus.dropped_unknown),
+        ("vmbus.dropped_host_only", vmbus.dropped_host_only),
+        ("vmbus.dropped_not_offered", vmbus.dropped_not_offered),
+        ("vmbus.dropped_not_connected", vmbus.dropped_not_connected),
+        ("vmbus.dropped_bad_target", vmbus.dropped_bad_target),
+        (
+            "vmbus.dropped_unknown_channel",
+            vmbus.dropped_unknown_channel,
+        ),
+        ("vmbus.dropped_unknown_gpadl", vmbus.dropped_unknown_gpadl),
+        ("vmbus.dropped_wrong_state", vmbus.dropped_wrong_state),
+        ("mmio.unclaimed", mmio.unclaimed),
+        ("mmio.refused", mmio.refused),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect();
+    for call in &hypercalls.calls {
+        let name = format!("hypercall.{:#06x}", call.code);
+        named.insert(format!("{name}.succeeded"), call.succeeded);
+        named.insert(format!("{name}.failed"), call.failed);
+    }
+    for (status, count) in &hypercalls.statuses {
+        named.insert(format!("hypercall.status.{status:#06x}"), *count);
+    }
+    named
+}

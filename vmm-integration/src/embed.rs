@@ -1,0 +1,275 @@
+//! How to embed the library: every call into it that a VMM makes is in this file.
+//!
+//! In the order of a VM's life: make the devices ([`Functions::build`]), build a [`Partition`] and
+//! plug them in ([`Embedding::new`]), give its CPUID leaves to every vCPU ([`Embedding::cpuid`]),
+//! hand it the exits ([`Embedding::hypercall`], [`Embedding::read_msr`], [`Embedding::write_msr`],
+//! [`Embedding::mmio_read`], [`Embedding::mmio_write`]), and tell it of a reset
+//! ([`Embedding::reset`]).
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd, WriteMsrExit};
+use uuid::Uuid;
+use vm_memory::GuestMemoryAtomic;
+use vm_vpci::cpuid::Features;
+use vm_vpci::devices::event_loop::EventLoop;
+use vm_vpci::devices::testdev::TestDevice;
+use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig};
+use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
+use vm_vpci::kvm::{self, HostSupport, KvmDoorbells, KvmMsiSink};
+use vm_vpci::mem::GuestRam;
+use vm_vpci::msr::{DEFAULT_HYPERCALL_PORT, MsrEffect};
+use vm_vpci::vmbus::VmBusConfig;
+use vm_vpci::vmm::{Doorbells, MonotonicClock};
+use vm_vpci::vpci::function::PciFunction;
+use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+
+use crate::counters;
+use crate::error::Error;
+use crate::layout::{LOW_WINDOW, Layout, Range};
+use crate::memory::Ram;
+use crate::report::{FunctionReport, VectorReport};
+use crate::spec::{Kind, PlacedFunction, domain_hint, logical_id};
+
+/// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
+/// for every disk queue, up to this many.
+const MAX_WORKER_THREADS: usize = 4;
+
+/// Devices and the threads they work on, ready for a VM.
+#[derive(Debug)]
+pub(crate) struct Functions {
+    workers: Arc<EventLoop>,
+    buses: Vec<BusSpec>,
+    disks: Vec<Arc<Blk>>,
+}
+
+impl Functions {
+    /// Makes every device, for a VM with `cpus` vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]: an image cannot be used, or the host has no room for threads.
+    pub(crate) fn build(placed: &[PlacedFunction], cpus: u8) -> Result<Self, Error> {
+        let threads = NonZeroUsize::MIN.saturating_add(usize::from(cpus));
+        let threads = threads.min(NonZeroUsize::MIN.saturating_add(MAX_WORKER_THREADS - 1));
+        let workers = EventLoop::new("vpci", threads).map_err(Error::host("threads"))?;
+        let mut functions = Self {
+            workers: Arc::new(workers),
+            buses: Vec::new(),
+            disks: Vec::new(),
+        };
+        for function in placed {
+            let device = functions.device(function, cpus)?;
+            functions.put(function.bus, function.function, device);
+        }
+        Ok(functions)
+    }
+
+    fn device(&mut self, placed: &PlacedFunction, cpus: u8) -> Result<Arc<dyn PciFunction>, Error> {
+        let refused = Error::host("an event descriptor");
+        match &placed.kind {
+            Kind::Blk {
+                path,
+                readonly,
+                queues,
+            } => {
+                let id = logical_id(placed.bus, placed.function);
+                let config = BlkConfig {
+                    file: path.clone(),
+                    readonly: *readonly,
+                    queues: queues.unwrap_or(cpus.into()).min(MAX_BLK_QUEUES),
+                    iommu: false,
+                    id: format!("vpci-{id:08x}"),
+                };
+                let disk = Blk::new(config, &*self.workers).map_err(Error::Disk)?;
+                self.disks.push(disk.clone());
+                Ok(disk)
+            }
+            Kind::Testdev => {
+                let serial = logical_id(placed.bus, placed.function);
+                Ok(TestDevice::new(serial, &*self.workers).map_err(refused)?)
+            }
+            Kind::Rng => Ok(Rng::new(RngConfig::default(), &*self.workers).map_err(refused)?),
+        }
+    }
+
+    fn put(&mut self, instance: Uuid, number: u8, device: Arc<dyn PciFunction>) {
+        match self.buses.iter_mut().find(|bus| bus.instance == instance) {
+            Some(bus) => bus.functions.push((number, device)),
+            None => self.buses.push(BusSpec {
+                instance,
+                functions: vec![(number, device)],
+            }),
+        }
+    }
+}
+
+/// The library inside this VMM.
+#[derive(Debug)]
+pub(crate) struct Embedding {
+    partition: Partition,
+    features: Features,
+    msi: Arc<KvmMsiSink>,
+    disks: Vec<Arc<Blk>>,
+}
+
+impl Embedding {
+    /// Builds the partition for a VM that has its vCPUs, whose number is their APIC id, and plugs
+    /// the devices in.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub(crate) fn new(
+        vm: &Arc<VmFd>,
+        vcpus: &[VcpuFd],
+        ram: &Ram,
+        layout: &Layout,
+        support: HostSupport,
+        functions: Functions,
+    ) -> Result<Self, Error> {
+        let msi = Arc::new(KvmMsiSink::new(vm.clone()));
+        let doorbells: Option<Arc<dyn Doorbells>> = support
+            .any_length_doorbells
+            .then(|| Arc::new(KvmDoorbells::new(vm.clone())) as _);
+        let window = |range: Range| range.start..range.end();
+        let features = Features::default();
+        let config = PartitionConfig {
+            apic_ids: (0..vcpus.len() as u32).collect(),
+            features,
+            tsc_hz: vcpus.first().map_or(Ok(0), kvm::tsc_hz)?,
+            apic_hz: kvm::APIC_TIMER_HZ,
+            mmio: vec![window(LOW_WINDOW), window(layout.high_window)],
+            hypercall_port: DEFAULT_HYPERCALL_PORT,
+            vmbus: VmBusConfig::default(),
+        };
+        let host = PartitionHost {
+            ram: GuestRam::new(GuestMemoryAtomic::new(ram.clone())),
+            msi: msi.clone(),
+            workers: functions.workers,
+            clock: Arc::new(MonotonicClock::default()),
+            doorbells,
+        };
+        let partition = Partition::new(config, host)?;
+        for bus in functions.buses {
+            partition.plug(bus)?;
+        }
+        Ok(Self {
+            partition,
+            features,
+            msi,
+            disks: functions.disks,
+        })
+    }
+
+    /// The CPUID table of one vCPU, from what KVM supports.
+    pub(crate) fn cpuid(
+        &self,
+        host: &[kvm_cpuid_entry2],
+        place: VcpuPlace,
+        options: CpuidOptions,
+    ) -> Vec<kvm_cpuid_entry2> {
+        guest_cpuid(host, &self.partition.cpuid_leaves(), place, options)
+    }
+
+    /// True if the guest is told that its TSC is invariant.
+    pub(crate) fn tsc_invariant(&self) -> bool {
+        self.features.tsc_invariant
+    }
+
+    /// True if an OUT to `port` is a hypercall.
+    pub(crate) fn is_hypercall_port(&self, port: u16) -> bool {
+        port == u16::from(self.partition.hypercall_port())
+    }
+
+    /// An OUT to the hypercall port.
+    ///
+    /// # Errors
+    ///
+    /// KVM's error; the vCPU cannot go on.
+    pub(crate) fn hypercall(&self, vcpu: &mut VcpuFd) -> Result<(), kvm_ioctls::Error> {
+        kvm::hypercall::answer(vcpu, |registers| self.partition.hypercall(registers))
+    }
+
+    /// A read of a synthetic MSR.
+    pub(crate) fn read_msr(&self, vp: u32, exit: ReadMsrExit<'_>) {
+        match self.partition.read_msr(vp, exit.index) {
+            Ok(value) => *exit.data = value,
+            Err(_) => *exit.error = 1,
+        }
+    }
+
+    /// A write of a synthetic MSR. What it returns goes to [`kvm::forward_tsc_invariant`].
+    pub(crate) fn write_msr(&self, vp: u32, exit: WriteMsrExit<'_>) -> Option<u64> {
+        match self.partition.write_msr(vp, exit.index, exit.data) {
+            Ok(MsrEffect::TscInvariant(value)) => return Some(value),
+            Ok(MsrEffect::None | MsrEffect::GuestOsIdCleared) => {}
+            Err(_) => *exit.error = 1,
+        }
+        None
+    }
+
+    /// A load from an address that is not RAM.
+    pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        if !self.partition.mmio_read(gpa, data) {
+            data.fill(0xff);
+        }
+    }
+
+    /// A store to an address that is not RAM.
+    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if !self.partition.mmio_write(gpa, data) {
+            log::debug!("store of {} bytes to {gpa:#x} goes nowhere", data.len());
+        }
+    }
+
+    /// The machine is being reset; no vCPU runs.
+    pub(crate) fn reset(&self) {
+        self.partition.reset();
+    }
+
+    /// Looks at the disks' images again, whose size may have changed.
+    pub(crate) fn measure_disks(&self) {
+        for disk in &self.disks {
+            if let Err(error) = disk.resize() {
+                log::warn!("a disk keeps its size: {error}");
+            }
+        }
+    }
+
+    /// Every function with its counts.
+    pub(crate) fn report(&self) -> Vec<FunctionReport> {
+        let mut functions = Vec::new();
+        for bus in self.partition.buses() {
+            functions.extend(bus.functions.iter().map(|function| {
+                FunctionReport {
+                    bus: bus.instance.to_string(),
+                    function: function.number,
+                    kind: function.kind.to_owned(),
+                    logical_id: logical_id(bus.instance, function.number),
+                    domain_hint: domain_hint(bus.instance),
+                    vectors: (0..)
+                        .zip(&function.vectors)
+                        .map(|(index, count)| VectorReport {
+                            index,
+                            raised: count.raised,
+                            suppressed: count.suppressed,
+                        })
+                        .collect(),
+                }
+            }));
+        }
+        functions
+    }
+
+    /// The library's counters by name.
+    pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
+        let mut counters = counters::by_name(&self.partition.counters());
+        counters.insert("msi.undelivered".into(), self.msi.undelivered());
+        counters
+    }
+}

@@ -1,0 +1,232 @@
+//! `vpci-vmm run`: from the options to the exit status.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use kvm_ioctls::Kvm;
+
+use crate::cli::{HypervMode, RunArgs};
+use crate::console::RawTerminal;
+use crate::control::GuestEvent;
+use crate::embed::Functions;
+use crate::error::Error;
+use crate::image;
+use crate::kernel::{self, BootSource};
+use crate::machine::{Machine, MachineConfig};
+use crate::report::{self, End, Report};
+use crate::signals::{Signal, Signals, install_kick_handler};
+use crate::spec::{self, FunctionSpec, Kind, PlacedFunction};
+
+/// Most resets of one run: a guest that cannot boot would reset for ever.
+const MAX_RESETS: u32 = 32;
+
+/// Runs a guest until it powers off.
+///
+/// # Errors
+///
+/// [`Error`], with the exit status.
+pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
+    // First everything that is the user's to get right, before anything is created.
+    let placed = parse_functions(&args.vpci)?;
+    let boot = BootSource {
+        kernel: args.kernel,
+        initrd: args.initrd,
+        cmdline: args.cmdline,
+    };
+    kernel::check(&boot)?;
+    if let Some(path) = &args.report {
+        report::check_path(path)?;
+    }
+    if args.hyperv == HypervMode::Kernel {
+        return Err(Error::NoKernelMode);
+    }
+    check_images(&args.vpci, &placed)?;
+
+    let kvm = open_kvm(c"/dev/kvm")?;
+    // Before any thread is started: threads inherit the signal mask.
+    let signals = Signals::take().map_err(Error::host("a signal descriptor"))?;
+    install_kick_handler().map_err(Error::host("a signal handler"))?;
+    let config = MachineConfig {
+        boot,
+        cpus: args.cpus,
+        memory: args.memory,
+    };
+    let functions = Functions::build(&placed, args.cpus)?;
+    let (machine, pump) = Machine::build(&kvm, config, functions)?;
+    let mut subscribers =
+        EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(|error| event_error(&error))?;
+    subscribers.add_subscriber(Box::new(Wake {
+        fds: vec![signals.as_raw_fd(), machine.shared().control.as_raw_fd()],
+    }));
+    subscribers.add_subscriber(Box::new(pump));
+
+    let mut resets = 0;
+    let outcome = {
+        let _terminal = RawTerminal::enter();
+        machine.resume();
+        let mut wait = || {
+            let result = subscribers.run().map(|_| ());
+            result.map_err(|error| event_error(&error))
+        };
+        drive(&machine, &signals, &mut wait, &mut resets)
+    };
+    machine.pause();
+    if let Some(path) = &args.report {
+        write_report(path, &machine, &outcome, resets)?;
+    }
+    outcome
+}
+
+fn parse_functions(texts: &[String]) -> Result<Vec<PlacedFunction>, Error> {
+    let specs = texts
+        .iter()
+        .map(|text| {
+            text.parse::<FunctionSpec>().map_err(|source| Error::Spec {
+                spec: text.clone(),
+                source,
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    spec::place(&specs).map_err(Error::Placement)
+}
+
+fn check_images(texts: &[String], placed: &[PlacedFunction]) -> Result<(), Error> {
+    for (text, function) in texts.iter().zip(placed) {
+        if let Kind::Blk { path, readonly, .. } = &function.kind {
+            image::check(path, *readonly).map_err(|source| Error::Image {
+                spec: text.clone(),
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn open_kvm(path: &std::ffi::CStr) -> Result<Kvm, Error> {
+    Kvm::new_with_path(path).map_err(|error| {
+        let source = io::Error::from(error);
+        let advice = match source.kind() {
+            io::ErrorKind::NotFound => {
+                "load the module kvm_intel or kvm_amd, and switch virtualisation on in the firmware"
+            }
+            io::ErrorKind::PermissionDenied => "join the group that owns it (kvm), or be root",
+            _ => "KVM does not work on this host",
+        };
+        Error::KvmOpen { source, advice }
+    })
+}
+
+/// The main thread's loop: signals, and what the guest asks of the machine.
+fn drive(
+    machine: &Machine,
+    signals: &Signals,
+    wait: &mut dyn FnMut() -> Result<(), Error>,
+    resets: &mut u32,
+) -> Result<(), Error> {
+    loop {
+        wait()?;
+        while let Some(signal) = signals.next() {
+            match signal {
+                Signal::Stop(name) => return Err(Error::Interrupted(name)),
+                Signal::Reread => machine.shared().embedding.measure_disks(),
+            }
+        }
+        let mut reset = false;
+        for event in machine.shared().control.take_events() {
+            match event {
+                GuestEvent::PowerOff => return Ok(()),
+                GuestEvent::Failed(why) => return Err(Error::Guest(why)),
+                GuestEvent::Reset => reset = true,
+            }
+        }
+        if reset {
+            *resets += 1;
+            if *resets > MAX_RESETS {
+                return Err(Error::ResetLimit(MAX_RESETS));
+            }
+            log::info!("the guest resets the machine");
+            machine.pause();
+            // What other vCPUs asked for meanwhile is void.
+            let _ = machine.shared().control.take_events();
+            machine.reset()?;
+            machine.resume();
+        }
+    }
+}
+
+fn write_report(
+    path: &Path,
+    machine: &Machine,
+    outcome: &Result<(), Error>,
+    resets: u32,
+) -> Result<(), Error> {
+    let end = match outcome {
+        Ok(()) => End::PowerOff,
+        Err(Error::ResetLimit(_)) => End::ResetLimit,
+        Err(Error::Interrupted(_)) => End::Interrupted,
+        Err(_) => End::Error,
+    };
+    let shared = machine.shared();
+    let report = Report {
+        version: report::VERSION,
+        end,
+        resets,
+        functions: shared.embedding.report(),
+        marks: shared.marks.take(),
+        counters: shared.embedding.counters(),
+    };
+    Ok(report.write(path)?)
+}
+
+fn event_error(error: &event_manager::Error) -> Error {
+    Error::host("an event loop")(io::Error::other(format!("{error}")))
+}
+
+/// Ends a wait of the loop; the descriptors are read by [`drive`].
+struct Wake {
+    fds: Vec<i32>,
+}
+
+impl MutEventSubscriber for Wake {
+    fn process(&mut self, _: Events, _: &mut EventOps) {}
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for &fd in &self.fds {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                log::error!("signals and power-off will go unnoticed: {error}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_kvm_is_told_what_to_do() {
+        let missing = open_kvm(c"/nonexistent/kvm").unwrap_err();
+        assert_eq!(missing.exit_status(), 3);
+        let text = missing.to_string();
+        assert!(
+            text.starts_with("/dev/kvm: ") && text.contains("kvm_amd"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_wrong_function_is_named_with_its_option() {
+        let error = parse_functions(&["rng".into(), "rng,x=1".into()]).unwrap_err();
+        assert_eq!(error.exit_status(), 2);
+        assert!(error.to_string().starts_with("--vpci rng,x=1: "), "{error}");
+        let twice = vec!["rng,bus=11223344-1234-4000-8000-000000000001".to_owned(); 2];
+        let error = parse_functions(&twice).unwrap_err();
+        assert!(
+            error.to_string().starts_with("--vpci: two functions"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,169 @@
+//! A vCPU thread: runs the guest, hands its exits out, and follows the main thread's commands.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_vpci::kvm;
+
+use crate::console::ConsolePorts;
+use crate::control::{Command, Control, GuestEvent};
+use crate::embed::Embedding;
+use crate::kernel::Entry;
+use crate::long_mode;
+use crate::marks::Marks;
+use crate::ports::PortAction;
+use crate::vcpu_state::{InitialState, VcpuStateError};
+
+/// What all vCPU threads share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// Commands and events.
+    pub(crate) control: Control,
+    /// I/O ports.
+    pub(crate) ports: Arc<ConsolePorts>,
+    /// The library.
+    pub(crate) embedding: Embedding,
+    /// Moments that the guest marked.
+    pub(crate) marks: Marks,
+    /// Where the boot processor starts; the others wait for it in their initial state.
+    pub(crate) entry: Mutex<Entry>,
+}
+
+/// One virtual CPU with all its thread needs.
+pub(crate) struct Vcpu {
+    /// Number, which is its APIC id and VP index.
+    pub(crate) index: u32,
+    /// KVM's handle.
+    pub(crate) fd: VcpuFd,
+    /// State after power-on.
+    pub(crate) initial: InitialState,
+    /// Shared with the others.
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// How the thread goes on after an exit.
+enum Next {
+    Continue,
+    Report(GuestEvent),
+}
+
+impl Vcpu {
+    /// Starts the thread. It waits for the first [`Command::Run`].
+    ///
+    /// # Errors
+    ///
+    /// The host has no room for another thread.
+    pub(crate) fn start(mut self) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new()
+            .name(format!("vcpu-{}", self.index))
+            .spawn(move || self.follow_commands())
+    }
+
+    fn follow_commands(&mut self) {
+        let shared = self.shared.clone();
+        let control = &shared.control;
+        loop {
+            match control.wanted() {
+                Command::Run => {
+                    if let Next::Report(event) = self.enter_guest(&shared) {
+                        control.report(event);
+                    }
+                }
+                Command::Pause => {
+                    self.complete_exit();
+                    control.carried_out(self.index as usize, Command::Pause);
+                }
+                Command::Reset => {
+                    if let Err(error) = self.reset() {
+                        control.fail(error.to_string());
+                    }
+                    if let Err(error) = kvm::forward_tsc_invariant(&self.fd, 0) {
+                        control.fail(error.to_string());
+                    }
+                    control.carried_out(self.index as usize, Command::Reset);
+                }
+                Command::Quit => return,
+            }
+        }
+    }
+
+    /// Returns to the state after power-on; the boot processor to the kernel's entry point.
+    ///
+    /// # Errors
+    ///
+    /// [`VcpuStateError`].
+    pub(crate) fn reset(&mut self) -> Result<(), VcpuStateError> {
+        self.initial.restore(&self.fd)?;
+        if self.index == 0 {
+            let entry = *self.shared.entry.lock().unwrap_or_else(|e| e.into_inner());
+            let mut sregs = self.initial.sregs();
+            long_mode::set_system_registers(&mut sregs);
+            let regs = long_mode::entry_registers(entry);
+            self.initial.override_registers(&self.fd, &regs, &sregs)?;
+        }
+        Ok(())
+    }
+
+    /// KVM finishes an instruction that caused an exit on the next entry only; this enters and
+    /// leaves at once, so that the registers are those between two instructions.
+    fn complete_exit(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // Always an error: EINTR.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    fn enter_guest(&mut self, shared: &Shared) -> Next {
+        let vp = self.index;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                return Next::Continue;
+            }
+            Err(error) => return self.failed(format!("KVM_RUN fails: {error}")),
+        };
+        match exit {
+            VcpuExit::IoOut(port, _) if shared.embedding.is_hypercall_port(port) => {
+                if let Err(error) = shared.embedding.hypercall(&mut self.fd) {
+                    return self.failed(format!("hypercall: {error}"));
+                }
+            }
+            VcpuExit::IoOut(port, data) => match shared.ports.write(port, data) {
+                PortAction::None => {}
+                PortAction::PowerOff => return Next::Report(GuestEvent::PowerOff),
+                PortAction::Reset => return Next::Report(GuestEvent::Reset),
+                PortAction::Mark(id) => shared.marks.add(id, || shared.embedding.report()),
+            },
+            VcpuExit::IoIn(port, data) => shared.ports.read(port, data),
+            VcpuExit::MmioRead(gpa, data) => shared.embedding.mmio_read(gpa, data),
+            VcpuExit::MmioWrite(gpa, data) => shared.embedding.mmio_write(gpa, data),
+            VcpuExit::X86Rdmsr(exit) => shared.embedding.read_msr(vp, exit),
+            VcpuExit::X86Wrmsr(exit) => {
+                if let Some(value) = shared.embedding.write_msr(vp, exit)
+                    && let Err(error) = kvm::forward_tsc_invariant(&self.fd, value)
+                {
+                    return self.failed(error.to_string());
+                }
+            }
+            VcpuExit::Intr => {}
+            // A triple fault: what a processor answers with a reset of the machine.
+            VcpuExit::Shutdown => return Next::Report(GuestEvent::Reset),
+            other => {
+                let what = format!("KVM gives up on the guest: {other:?}");
+                return self.failed(what);
+            }
+        }
+        Next::Continue
+    }
+
+    fn failed(&self, what: String) -> Next {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        Next::Report(GuestEvent::Failed(format!(
+            "vCPU {}: {what} (RIP {rip:#x})",
+            self.index
+        )))
+    }
+}
