@@ -53,9 +53,9 @@ pub struct ResourceDescriptor {
 )]
 #[repr(C)]
 pub struct ResourcesAssigned {
-    /// [`MessageType`](super::MessageType).
+    /// [`MessageType`].
     pub message_type: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// Memory of each BAR.
     pub memory: [ResourceDescriptor; BAR_COUNT],
@@ -72,9 +72,9 @@ pub struct ResourcesAssigned {
 )]
 #[repr(C)]
 pub struct ResourcesAssignedReply {
-    /// [`Status`](super::Status).
+    /// [`Status`].
     pub status: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// The request's descriptors.
     pub memory: [ResourceDescriptor; BAR_COUNT],
@@ -101,9 +101,9 @@ pub const REPLY_ENTRY_V2: usize = 72;
 )]
 #[repr(C)]
 pub struct GetResources {
-    /// [`MessageType::GetResources`](super::MessageType::GetResources).
+    /// [`MessageType::GetResources`].
     pub message_type: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// Zero.
     pub reserved: [u8; 24],
@@ -133,8 +133,7 @@ pub struct GetResourcesReply {
 pub struct InterruptDescriptor {
     /// First vector.
     pub vector: u8,
-    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
-    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
     pub delivery_mode: u8,
     /// Number of messages.
     pub count: U16,
@@ -152,8 +151,7 @@ pub struct InterruptDescriptor {
 pub struct InterruptDescriptor2 {
     /// First vector.
     pub vector: u8,
-    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
-    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
     pub delivery_mode: u8,
     /// Number of messages.
     pub count: U16,
@@ -171,8 +169,7 @@ pub struct InterruptDescriptor2 {
 pub struct InterruptDescriptor3 {
     /// First vector.
     pub vector: U32,
-    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
-    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
+    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
     pub delivery_mode: u8,
     /// Zero.
     pub reserved: u8,
@@ -190,9 +187,9 @@ pub struct InterruptDescriptor3 {
 )]
 #[repr(C)]
 pub struct CreateInterrupt {
-    /// [`MessageType::CreateInterrupt`](super::MessageType::CreateInterrupt).
+    /// [`MessageType::CreateInterrupt`].
     pub message_type: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor,
@@ -204,9 +201,9 @@ pub struct CreateInterrupt {
 )]
 #[repr(C)]
 pub struct CreateInterrupt2 {
-    /// [`MessageType::CreateInterrupt2`](super::MessageType::CreateInterrupt2).
+    /// [`MessageType::CreateInterrupt2`].
     pub message_type: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor2,
@@ -218,9 +215,9 @@ pub struct CreateInterrupt2 {
 )]
 #[repr(C)]
 pub struct CreateInterrupt3 {
-    /// [`MessageType::CreateInterrupt3`](super::MessageType::CreateInterrupt3).
+    /// [`MessageType::CreateInterrupt3`].
     pub message_type: U32,
-    /// [`Slot`](super::Slot).
+    /// [`Slot`].
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor3,
@@ -248,7 +245,7 @@ pub struct Message {
 )]
 #[repr(C)]
 pub struct CreateInterruptReply {
-    /// [`Status`](super::Status).
+    /// [`Status`].
     pub status: U32,
     /// Zero.
     pub reserved: U32,
@@ -262,8 +259,7 @@ pub struct CreateInterruptReply {
 )]
 #[repr(C)]
 pub struct DeleteInterrupt {
-    /// [`MessageType::DeleteInterrupt`](super::MessageType::DeleteInterrupt) or
-    /// [`MessageType::DeleteInterrupt2`](super::MessageType::DeleteInterrupt2).
+    /// [`MessageType::DeleteInterrupt`] or [`MessageType::DeleteInterrupt2`].
     pub message_type: U32,
     /// [`Slot`](super::Slot).
     pub slot: U32,
