@@ -141,8 +141,10 @@ pub struct FunctionResources {
 ///
 /// The bus emulates the configuration header, the capabilities of the layout, BAR placement, and
 /// the MSI-X table; the device sees only its registers, its DMA and its interrupts. Methods are
-/// called from any virtual CPU thread, possibly several at once, with no lock of the bus held, and
-/// must return after bounded work: longer work belongs to the device's own worker.
+/// called from any virtual CPU thread, possibly several at once, and must return after bounded
+/// work, because unmapping a BAR waits for the accesses to it: longer work belongs to the device's
+/// own worker. What a device calls, [`Dma`] and [`InterruptLines`], takes no lock that is held
+/// while the device is called.
 pub trait PciFunction: Send + Sync + Debug {
     /// The constant facts. Called when the function is plugged in.
     fn layout(&self) -> FunctionLayout;
@@ -176,6 +178,6 @@ pub trait PciFunction: Send + Sync + Debug {
 
     /// Back to the power-on state. When this returns the device starts no DMA and raises no
     /// interrupt for anything that was asked of it before. The bus has already switched off bus
-    /// mastering, which drained DMA under way.
+    /// mastering, which drained DMA under way, and unmapped the BARs: no access is under way.
     fn reset(&self);
 }

@@ -20,13 +20,15 @@
 //!
 //! 1. the channel lock of a bus: held for one step of its worker, and by open, close, reset, save;
 //! 2. the placement lock of a function: configuration writes, BAR mapping, reset;
-//! 3. one of: the edit lock of the MMIO space; the guard of the function's DMA port; an MSI-X
+//! 3. a BAR's lock: shared during an access, exclusive when it is unmapped;
+//! 4. one of: the edit lock of the MMIO space; the guard of the function's DMA port; an MSI-X
 //!    entry or the MSI state of its interrupts; the allocator of its message handles;
-//! 4. the route of a message handle, in which [`crate::vmm::MsiSink::raise_msi`] runs.
+//! 5. the route of a message handle, in which [`crate::vmm::MsiSink::raise_msi`] runs.
 //!
-//! [`function::PciFunction`] is called with none but the channel lock held, and that only by
-//! its worker's own steps. Reading the configuration space takes no lock at all, so a vCPU that
-//! polls it with interrupts off never waits for a worker; RETARGET takes only the route (4).
+//! [`function::PciFunction`] is called with the lock of the BAR that is accessed, shared, or, for a
+//! reset, with the channel lock; what it calls, DMA and interrupts, comes behind both. Reading the
+//! configuration space takes no lock at all, so a vCPU that polls it with interrupts off never
+//! waits for a worker; RETARGET takes only the route (5).
 #![forbid(unsafe_code)]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

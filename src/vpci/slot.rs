@@ -1,14 +1,15 @@
 //! A function on the bus: its device, and everything the bus emulates around it.
 //!
-//! Lock order: the placement lock, then the locks of the MMIO space, of the interrupts, or of the
-//! DMA port, one at a time. The device is called with none of them held. The placement lock is
-//! held while doorbells are connected and disconnected, which serialises them.
+//! Lock order: the placement lock, then the locks of a BAR, of the MMIO space, of the interrupts,
+//! or of the DMA port, one at a time. The device is called with none of them held but that of the BAR
+//! accessed, shared. The placement lock is held while doorbells are connected and disconnected,
+//! which serialises them.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
 use super::function::{
@@ -39,9 +40,24 @@ struct Placement {
     /// The bus is in D0: the guest may use the configuration space. Otherwise nothing can switch
     /// on decode or bus mastering.
     powered: bool,
-    bars: [Option<MmioRegion>; BAR_COUNT],
+    bars: [Option<MappedBar>; BAR_COUNT],
     /// Connected doorbells and which register each belongs to.
     doorbells: Vec<(Doorbell, usize)>,
+}
+
+/// A BAR that answers accesses; dropping it waits for those under way.
+#[derive(Debug)]
+struct MappedBar {
+    region: MmioRegion,
+    handler: Arc<BarHandler>,
+}
+
+impl Drop for MappedBar {
+    fn drop(&mut self) {
+        // The region goes a moment later: until then there are accesses, which find this closed.
+        let open = &self.handler.open;
+        *open.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
 }
 
 /// A function on the bus.
@@ -186,7 +202,7 @@ impl FunctionSlot {
     /// The BARs that are mapped, and where.
     pub(crate) fn mapped_bars(&self) -> [Option<u64>; BAR_COUNT] {
         let placement = lock(&self.placement);
-        std::array::from_fn(|bar| placement.bars[bar].as_ref().map(MmioRegion::base))
+        std::array::from_fn(|bar| placement.bars[bar].as_ref().map(|bar| bar.region.base()))
     }
 
     /// Takes the function out of the guest's hands: BARs unmapped, no DMA under way or to come, no
@@ -268,9 +284,9 @@ impl FunctionSlot {
         }
         let address = self.config.bar(bar);
         let handler = Arc::new(BarHandler::new(self.clone(), bar));
-        match self.mmio.register(address, spec.size(), handler) {
+        match self.mmio.register(address, spec.size(), handler.clone()) {
             Ok(region) => {
-                placement.bars[bar] = Some(region);
+                placement.bars[bar] = Some(MappedBar { region, handler });
                 self.connect_doorbells(placement, bar, address);
             }
             Err(error) => {
@@ -347,6 +363,9 @@ fn check_doorbell(layout: &FunctionLayout, register: &DoorbellRegister) -> Resul
 struct BarHandler {
     slot: Arc<FunctionSlot>,
     bar: u8,
+    /// The BAR is mapped. Held shared during an access, so that none reaches the device after the
+    /// BAR was unmapped: a device that was reset stays as it is.
+    open: RwLock<bool>,
     /// Offset of the table in this BAR, if it is here.
     table: Option<u64>,
     /// Offset of the pending bit array in this BAR, if it is here.
@@ -383,6 +402,7 @@ impl BarHandler {
         Self {
             slot,
             bar,
+            open: RwLock::new(true),
             table: table_at.map(|(offset, _)| offset),
             pba: pba_at.map(|(offset, _)| offset),
             table_pages: pages(table_at),
@@ -408,6 +428,10 @@ impl BarHandler {
 
 impl MmioHandler for BarHandler {
     fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if !*open {
+            return;
+        }
         match self.target(offset) {
             Target::Table(offset) => self.slot.interrupts.table_read(offset, data),
             Target::Pba(offset) => self.slot.interrupts.pba_read(offset, data),
@@ -421,6 +445,10 @@ impl MmioHandler for BarHandler {
     }
 
     fn mmio_write(&self, offset: u64, data: &[u8]) {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if !*open {
+            return;
+        }
         match self.target(offset) {
             Target::Table(offset) => self.slot.interrupts.table_write(offset, data),
             Target::Pba(_) | Target::Nothing => {}

@@ -17,6 +17,8 @@ struct Probe {
     share_page: bool,
     /// Raise and write memory while being reset, as a device does whose work is still under way.
     restless: AtomicBool,
+    /// Stay in a store for a while: met at its start, set at its end.
+    slow: Option<(std::sync::Barrier, AtomicBool)>,
 }
 
 impl PciFunction for Probe {
@@ -53,6 +55,11 @@ impl PciFunction for Probe {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        if let Some((inside, left)) = &self.slow {
+            inside.wait();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            left.store(true, Ordering::SeqCst);
+        }
         lock(&self.stores).push((bar, offset, data.to_vec()));
     }
 
@@ -381,5 +388,51 @@ fn configuration_reads_do_not_wait_for_a_write_under_way() {
         let answer = receive.recv_timeout(std::time::Duration::from_secs(10));
         drop(write_under_way);
         assert_eq!(answer, Ok(0x1234));
+    });
+}
+
+/// A guest that keeps switching things on while the bus's worker takes the function away.
+#[test]
+fn nothing_is_switched_on_behind_a_reset() {
+    let rig = rig();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                rig.place(BAR0 as u32, HIGH);
+                rig.write(4, 6);
+                rig.write(0x40, 0x8000_0000);
+                rig.write(4, 0);
+            }
+        });
+        for _ in 0..500 {
+            rig.slot.set_powered(true);
+            std::thread::yield_now();
+            rig.slot.reset(false);
+            assert!(!rig.slot.dma.is_master());
+            assert_eq!(rig.slot.mapped_bars(), [None; 6]);
+            assert_eq!(rig.read(4) & 0xffff, 0);
+            assert_eq!(rig.read(0x40) >> 16, 2);
+            assert!(lock(&rig.board.live).is_empty());
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn a_reset_finds_no_access_under_way() {
+    let rig = rig_of(Probe {
+        slow: Some((std::sync::Barrier::new(2), AtomicBool::new(false))),
+        ..Probe::default()
+    });
+    rig.slot.set_powered(true);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    let (inside, left) = rig.device.slow.as_ref().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| rig.mmio.mmio_write(BAR0, &[0; 4]));
+        inside.wait();
+        rig.slot.reset(false);
+        assert!(left.load(Ordering::SeqCst));
     });
 }

@@ -12,7 +12,7 @@ use super::BAR_COUNT;
 )]
 #[repr(C)]
 pub struct Header {
-    /// [`MessageType`].
+    /// [`MessageType`](super::MessageType).
     pub message_type: U32,
 }
 
@@ -23,9 +23,9 @@ pub struct Header {
 )]
 #[repr(C)]
 pub struct SlotMessage {
-    /// [`MessageType`].
+    /// [`MessageType`](super::MessageType).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
 }
 
@@ -35,9 +35,9 @@ pub struct SlotMessage {
 )]
 #[repr(C)]
 pub struct QueryProtocolVersion {
-    /// [`MessageType::QueryProtocolVersion`].
+    /// [`MessageType::QueryProtocolVersion`](super::MessageType::QueryProtocolVersion).
     pub message_type: U32,
-    /// [`ProtocolVersion`] asked for.
+    /// [`ProtocolVersion`](super::ProtocolVersion) asked for.
     pub version: U32,
 }
 
@@ -47,7 +47,7 @@ pub struct QueryProtocolVersion {
 )]
 #[repr(C)]
 pub struct QueryProtocolVersionReply {
-    /// [`Status`].
+    /// [`Status`](super::Status).
     pub status: U32,
     /// The version in force when the status is success.
     pub version: U32,
@@ -59,7 +59,7 @@ pub struct QueryProtocolVersionReply {
 )]
 #[repr(C)]
 pub struct ResourceRequirementsReply {
-    /// [`Status`].
+    /// [`Status`](super::Status).
     pub status: U32,
     /// What each BAR reads after a write of all ones; 0 when it is not implemented.
     pub bars: [U32; BAR_COUNT],
@@ -71,7 +71,7 @@ pub struct ResourceRequirementsReply {
 )]
 #[repr(C)]
 pub struct BusD0Entry {
-    /// [`MessageType::BusD0Entry`].
+    /// [`MessageType::BusD0Entry`](super::MessageType::BusD0Entry).
     pub message_type: U32,
     /// Zero.
     pub reserved: U32,
@@ -85,7 +85,8 @@ pub struct BusD0Entry {
 )]
 #[repr(C)]
 pub struct BusRelations {
-    /// [`MessageType::BusRelations`] or [`MessageType::BusRelations2`].
+    /// [`MessageType::BusRelations`](super::MessageType::BusRelations) or
+    /// [`MessageType::BusRelations2`](super::MessageType::BusRelations2).
     pub message_type: U32,
     /// Number of descriptions.
     pub count: U32,
@@ -113,7 +114,7 @@ pub struct DeviceDescription {
     pub subsystem_vendor: U16,
     /// Subsystem id.
     pub subsystem: U16,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Serial number.
     pub serial: U32,
@@ -127,7 +128,7 @@ pub struct DeviceDescription {
 pub struct DeviceDescription2 {
     /// As in BUS_RELATIONS.
     pub base: DeviceDescription,
-    /// [`DESCRIPTION_NUMA_VALID`] or zero.
+    /// [`DESCRIPTION_NUMA_VALID`](super::DESCRIPTION_NUMA_VALID) or zero.
     pub flags: U32,
     /// NUMA node of the function.
     pub numa_node: U16,
@@ -141,9 +142,9 @@ pub struct DeviceDescription2 {
 )]
 #[repr(C)]
 pub struct EjectionComplete {
-    /// [`MessageType::EjectionComplete`].
+    /// [`MessageType::EjectionComplete`](super::MessageType::EjectionComplete).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Zero.
     pub status: U32,
@@ -155,11 +156,11 @@ pub struct EjectionComplete {
 )]
 #[repr(C)]
 pub struct PowerStateChange {
-    /// [`MessageType::PowerStateChange`].
+    /// [`MessageType::PowerStateChange`](super::MessageType::PowerStateChange).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
-    /// [`POWER_D0`] or [`POWER_D3`].
+    /// [`POWER_D0`](super::POWER_D0) or [`POWER_D3`](super::POWER_D3).
     pub state: U32,
 }
 
@@ -169,13 +170,13 @@ pub struct PowerStateChange {
 )]
 #[repr(C)]
 pub struct ReadBlock {
-    /// [`MessageType::ReadBlock`].
+    /// [`MessageType::ReadBlock`](super::MessageType::ReadBlock).
     pub message_type: U32,
     /// Block id.
     pub block: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
-    /// Bytes asked for, at most [`MAX_BLOCK_LEN`].
+    /// Bytes asked for, at most [`MAX_BLOCK_LEN`](super::MAX_BLOCK_LEN).
     pub length: U32,
 }
 
@@ -185,13 +186,13 @@ pub struct ReadBlock {
 )]
 #[repr(C)]
 pub struct WriteBlock {
-    /// [`MessageType::WriteBlock`].
+    /// [`MessageType::WriteBlock`](super::MessageType::WriteBlock).
     pub message_type: U32,
     /// Block id.
     pub block: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
-    /// Bytes of data, at most [`MAX_BLOCK_LEN`].
+    /// Bytes of data, at most [`MAX_BLOCK_LEN`](super::MAX_BLOCK_LEN).
     pub length: U32,
 }
 
@@ -201,9 +202,9 @@ pub struct WriteBlock {
 )]
 #[repr(C)]
 pub struct InvalidateBlock {
-    /// [`MessageType::InvalidateBlock`].
+    /// [`MessageType::InvalidateBlock`](super::MessageType::InvalidateBlock).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Blocks 0 to 63 that changed.
     pub blocks: U64,
@@ -215,9 +216,9 @@ pub struct InvalidateBlock {
 )]
 #[repr(C)]
 pub struct TdispCommand {
-    /// [`MessageType::TdispCommand`].
+    /// [`MessageType::TdispCommand`](super::MessageType::TdispCommand).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Bytes of data.
     pub length: U64,

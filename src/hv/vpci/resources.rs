@@ -53,9 +53,9 @@ pub struct ResourceDescriptor {
 )]
 #[repr(C)]
 pub struct ResourcesAssigned {
-    /// [`MessageType`].
+    /// [`MessageType`](super::MessageType).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Memory of each BAR.
     pub memory: [ResourceDescriptor; BAR_COUNT],
@@ -72,9 +72,9 @@ pub struct ResourcesAssigned {
 )]
 #[repr(C)]
 pub struct ResourcesAssignedReply {
-    /// [`Status`].
+    /// [`Status`](super::Status).
     pub status: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// The request's descriptors.
     pub memory: [ResourceDescriptor; BAR_COUNT],
@@ -101,9 +101,9 @@ pub const REPLY_ENTRY_V2: usize = 72;
 )]
 #[repr(C)]
 pub struct GetResources {
-    /// [`MessageType::GetResources`].
+    /// [`MessageType::GetResources`](super::MessageType::GetResources).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// Zero.
     pub reserved: [u8; 24],
@@ -133,7 +133,8 @@ pub struct GetResourcesReply {
 pub struct InterruptDescriptor {
     /// First vector.
     pub vector: u8,
-    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
+    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
     pub delivery_mode: u8,
     /// Number of messages.
     pub count: U16,
@@ -151,7 +152,8 @@ pub struct InterruptDescriptor {
 pub struct InterruptDescriptor2 {
     /// First vector.
     pub vector: u8,
-    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
+    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
     pub delivery_mode: u8,
     /// Number of messages.
     pub count: U16,
@@ -169,7 +171,8 @@ pub struct InterruptDescriptor2 {
 pub struct InterruptDescriptor3 {
     /// First vector.
     pub vector: U32,
-    /// [`DELIVERY_FIXED`] or [`DELIVERY_LOWEST_PRIORITY`].
+    /// [`DELIVERY_FIXED`](super::DELIVERY_FIXED) or
+    /// [`DELIVERY_LOWEST_PRIORITY`](super::DELIVERY_LOWEST_PRIORITY).
     pub delivery_mode: u8,
     /// Zero.
     pub reserved: u8,
@@ -187,9 +190,9 @@ pub struct InterruptDescriptor3 {
 )]
 #[repr(C)]
 pub struct CreateInterrupt {
-    /// [`MessageType::CreateInterrupt`].
+    /// [`MessageType::CreateInterrupt`](super::MessageType::CreateInterrupt).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor,
@@ -201,9 +204,9 @@ pub struct CreateInterrupt {
 )]
 #[repr(C)]
 pub struct CreateInterrupt2 {
-    /// [`MessageType::CreateInterrupt2`].
+    /// [`MessageType::CreateInterrupt2`](super::MessageType::CreateInterrupt2).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor2,
@@ -215,9 +218,9 @@ pub struct CreateInterrupt2 {
 )]
 #[repr(C)]
 pub struct CreateInterrupt3 {
-    /// [`MessageType::CreateInterrupt3`].
+    /// [`MessageType::CreateInterrupt3`](super::MessageType::CreateInterrupt3).
     pub message_type: U32,
-    /// [`Slot`].
+    /// [`Slot`](super::Slot).
     pub slot: U32,
     /// The interrupt.
     pub interrupt: InterruptDescriptor3,
@@ -245,7 +248,7 @@ pub struct Message {
 )]
 #[repr(C)]
 pub struct CreateInterruptReply {
-    /// [`Status`].
+    /// [`Status`](super::Status).
     pub status: U32,
     /// Zero.
     pub reserved: U32,
@@ -259,7 +262,8 @@ pub struct CreateInterruptReply {
 )]
 #[repr(C)]
 pub struct DeleteInterrupt {
-    /// [`MessageType::DeleteInterrupt`] or [`MessageType::DeleteInterrupt2`].
+    /// [`MessageType::DeleteInterrupt`](super::MessageType::DeleteInterrupt) or
+    /// [`MessageType::DeleteInterrupt2`](super::MessageType::DeleteInterrupt2).
     pub message_type: U32,
     /// [`Slot`](super::Slot).
     pub slot: U32,
