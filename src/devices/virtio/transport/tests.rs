@@ -7,7 +7,7 @@ use crate::devices::virtio::testing::{
     RAM_SIZE, VERSION_1, into, out,
 };
 use crate::vmm::{Worker, WorkerHost};
-use crate::vpci::function::PciFunction;
+use crate::vpci::function::{DoorbellRegister, FunctionLayout, PciFunction};
 
 mod model;
 
