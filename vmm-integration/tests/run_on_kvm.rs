@@ -1,0 +1,276 @@
+//! `vpci-vmm run` with guests of a few instructions, on the KVM of this machine.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Power off: 0x34 (SLP_EN, S5) to the sleep control register, then halt.
+const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
+/// Reset: 1 to the reset register, then halt.
+const RESET: [u8; 8] = [0x66, 0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4];
+/// Jump to itself.
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// LIDT with an empty table, then UD2: a triple fault.
+const TRIPLE_FAULT: [u8; 10] = [0x31, 0xc0, 0x50, 0x50, 0x0f, 0x01, 0x1c, 0x24, 0x0f, 0x0b];
+
+/// `out dx, al` of one byte.
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+/// A stack, which the boot protocol does not provide: mov esp, 0x80000.
+fn stack() -> Vec<u8> {
+    vec![0xbc, 0x00, 0x00, 0x08, 0x00]
+}
+
+/// A bzImage whose 64-bit entry point is `code`.
+fn kernel(dir: &Path, code: &[u8]) -> PathBuf {
+    let mut image = vec![0xf4; 1024 + 512 + 8192];
+    image[..1024].fill(0);
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x020fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x214, &0x10_0000u32.to_le_bytes());
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &255u32.to_le_bytes());
+    put(0x258, &0x100_0000u64.to_le_bytes());
+    put(0x260, &0x10_0000u32.to_le_bytes());
+    put(1024 + 512, code);
+    let path = dir.join("kernel");
+    fs::write(&path, image).unwrap();
+    path
+}
+
+/// Waits for a byte from the serial port and sends it back.
+fn echo() -> Vec<u8> {
+    vec![
+        0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
+        0xec, // in al, dx
+        0xa8, 0x01, // test al, 1: data ready
+        0x74, 0xfb, // jz back to the in
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xec, // in al, dx
+        0xee, // out dx, al
+    ]
+}
+
+/// A run of a guest, with its directory.
+struct Run {
+    dir: tempfile::TempDir,
+    args: Vec<String>,
+}
+
+impl Run {
+    /// Nothing, after saying so, where there is no KVM; a failure where one is demanded.
+    fn new(test: &str, code: &[u8]) -> Option<Self> {
+        if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+            let demanded = std::env::var("VPCI_REQUIRE").unwrap_or_default();
+            assert!(
+                !demanded.split(',').any(|bed| bed == "kvm"),
+                "/dev/kvm: {error}"
+            );
+            println!("SKIPPED {test}: /dev/kvm: {error}");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = kernel(dir.path(), code);
+        let args = [
+            "run",
+            "--kernel",
+            kernel.to_str().unwrap(),
+            "--memory",
+            "32M",
+        ];
+        let args = args.map(str::to_owned).to_vec();
+        Some(Self { dir, args })
+    }
+
+    fn with(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    fn report_path(&self) -> PathBuf {
+        self.dir.path().join("report.json")
+    }
+
+    fn start(&self) -> Child {
+        self.start_with(Stdio::null())
+    }
+
+    fn start_with(&self, stdin: Stdio) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_vpci-vmm"))
+            .args(&self.args)
+            .arg("--report")
+            .arg(self.report_path())
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Waits for the end, at most a minute.
+    fn finish(&self, mut child: Child) -> (Output, serde_json::Value) {
+        let start = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            if start.elapsed() > Duration::from_secs(60) {
+                child.kill().unwrap();
+                panic!("the run does not end");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let output = child.wait_with_output().unwrap();
+        let report = fs::read(self.report_path()).unwrap();
+        (output, serde_json::from_slice(&report).unwrap())
+    }
+
+    fn to_end(&self) -> (Output, serde_json::Value) {
+        self.finish(self.start())
+    }
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_guest_prints_on_the_serial_port_and_powers_off() {
+    let code = [out(0x3f8, b'h'), out(0x3f8, b'i'), POWER_OFF.to_vec()].concat();
+    let Some(run) = Run::new("a_guest_prints_on_the_serial_port_and_powers_off", &code) else {
+        return;
+    };
+    let (output, report) = run.to_end();
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    assert_eq!(output.stdout, b"hi");
+    assert_eq!(report["end"], "poweroff");
+    assert_eq!(report["resets"], 0);
+}
+
+#[test]
+fn input_reaches_the_guest_however_much_of_it_there_is() {
+    // More than the receive FIFO of 64 bytes holds, then the end of the input.
+    const COUNT: usize = 300;
+    let code = [echo().repeat(COUNT), POWER_OFF.to_vec()].concat();
+    let Some(run) = Run::new("input_reaches_the_guest_however_much_of_it_there_is", &code) else {
+        return;
+    };
+    let mut child = run.start_with(Stdio::piped());
+    let text: Vec<u8> = (0..COUNT).map(|i| b'a' + (i % 26) as u8).collect();
+    child.stdin.take().unwrap().write_all(&text).unwrap();
+    let (output, _) = run.finish(child);
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    assert_eq!(output.stdout, text);
+}
+
+#[test]
+fn marks_keep_the_counts_of_every_function() {
+    let code = [out(0xf4, 7), out(0xf4, 9), POWER_OFF.to_vec()].concat();
+    let Some(run) = Run::new("marks_keep_the_counts_of_every_function", &code) else {
+        return;
+    };
+    let disk = run.dir.path().join("disk");
+    fs::write(&disk, vec![0; 1 << 16]).unwrap();
+    let bus = "bus=11223344-1234-4000-8000-000000000001";
+    let blk = format!("blk,path={},queues=2,{bus}", disk.display());
+    let run = run.with(&[
+        "--vpci",
+        &blk,
+        "--vpci",
+        &format!("rng,{bus},fn=1"),
+        "--vpci",
+        "testdev",
+    ]);
+    let (output, report) = run.to_end();
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    let ids: Vec<u64> = report["marks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["id"].as_u64().unwrap())
+        .collect();
+    assert_eq!(ids, [7, 9]);
+    let functions = report["marks"][0]["functions"].as_array().unwrap();
+    let kinds: Vec<&str> = functions
+        .iter()
+        .map(|f| f["kind"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["blk", "rng", "testdev"]);
+    assert_eq!(functions[0]["logical_id"], 0x1234_4000);
+    assert_eq!(functions[1]["logical_id"], 0x1234_4001);
+    assert_eq!(functions[0]["domain_hint"], 0x1234);
+    assert_eq!(functions[0]["vectors"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn a_guest_that_only_resets_is_stopped() {
+    for code in [RESET.to_vec(), [stack(), TRIPLE_FAULT.to_vec()].concat()] {
+        let Some(run) = Run::new("a_guest_that_only_resets_is_stopped", &code) else {
+            return;
+        };
+        let (output, report) = run.with(&["--cpus", "2"]).to_end();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            errors(&output).contains("does not get anywhere"),
+            "{}",
+            errors(&output)
+        );
+        assert_eq!(report["end"], "reset-limit");
+    }
+}
+
+#[test]
+fn a_reset_starts_the_same_kernel_again() {
+    // The first time the byte at 0x90000 is clear: print, set it, reset. RAM keeps it. The second
+    // time: print something else, power off.
+    let second = [out(0x3f8, b'2'), POWER_OFF.to_vec()].concat();
+    let mut code = vec![0x80, 0x3c, 0x25, 0x00, 0x00, 0x09, 0x00, 0x00]; // cmp byte [0x90000], 0
+    code.extend([0x74, second.len() as u8]); // je first
+    code.extend(&second);
+    code.extend([0xc6, 0x04, 0x25, 0x00, 0x00, 0x09, 0x00, 0x01]); // mov byte [0x90000], 1
+    code.extend(out(0x3f8, b'1'));
+    code.extend(RESET);
+    let Some(run) = Run::new("a_reset_starts_the_same_kernel_again", &code) else {
+        return;
+    };
+    let (output, report) = run.with(&["--cpus", "3"]).to_end();
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    assert_eq!(output.stdout, b"12");
+    assert_eq!(report["resets"], 1);
+}
+
+#[test]
+fn signals_end_a_guest_that_never_stops() {
+    for signal in ["INT", "TERM"] {
+        let code = [out(0x3f8, b'.'), SPIN.to_vec()].concat();
+        let Some(run) = Run::new("signals_end_a_guest_that_never_stops", &code) else {
+            return;
+        };
+        let mut child = run.start();
+        // Its first output: the guest runs.
+        let mut byte = [0];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut byte)
+            .unwrap();
+        let kill = Command::new("kill")
+            .args(["-s", signal, &child.id().to_string()])
+            .status();
+        assert!(kill.unwrap().success());
+        let (output, report) = run.finish(child);
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(
+            errors(&output).trim_end(),
+            format!("vpci-vmm: ended by SIG{signal}")
+        );
+        assert_eq!(report["end"], "interrupted");
+    }
+}
