@@ -169,7 +169,11 @@ fn qemu(setup: &Setup<'_>) -> Command {
     // setpriv: should this program be killed, the kernel ends QEMU as well.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-    command.args("-accel tcg -machine q35 -cpu EPYC,+svm,+npt -smp 2 -m 3072".split(' '));
+    // One TCG thread for both CPUs: with a thread each, a CPU may run an INT3 of the kernel's code
+    // patching after the patch is complete, and L1 dies in `__schedule` when the first or last VM
+    // flips the static key of the preemption notifiers.
+    command.args("-accel tcg,thread=single -machine q35".split(' '));
+    command.args("-cpu EPYC,+svm,+npt -smp 2 -m 3072".split(' '));
     command.args("-nodefaults -display none -serial stdio -no-reboot".split(' '));
     command.arg("-kernel").arg(&setup.image.kernel);
     command.arg("-initrd").arg(&setup.image.initrd);
