@@ -1,9 +1,9 @@
 //! A function on the bus: its device, and everything the bus emulates around it.
 //!
 //! Lock order: the placement lock, then the locks of a BAR, of the MMIO space, of the interrupts,
-//! or of the DMA port, one at a time. The device is called with none of them held but that of the BAR
-//! accessed, shared. The placement lock is held while doorbells are connected and disconnected,
-//! which serialises them.
+//! or of the DMA port, one at a time. The device is called with none of them held but that of the
+//! BAR accessed, shared, or the placement lock for a store to a capability. The placement lock is
+//! held while doorbells are connected and disconnected, which serialises them.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -149,7 +149,7 @@ impl FunctionSlot {
         if changes.msi {
             self.apply_msi();
         }
-        drop(placement);
+        // Still under the lock: no store reaches the device after its reset.
         if let Some((capability, at, body)) = self.config.body_at(offset) {
             self.device
                 .capability_write(capability, at, &body, data.len());

@@ -1,4 +1,4 @@
-use super::super::function::{InterruptLines, MsixSpec, PciIdentity};
+use super::super::function::{Capability, InterruptLines, MsixSpec, PciIdentity};
 use super::super::testing::{HIGH, LOW, MsiLog, host};
 use super::*;
 use crate::vmbus::ring::guest::ram;
@@ -38,6 +38,13 @@ impl PciFunction for Probe {
             }),
             ..FunctionLayout::default()
         };
+        if self.slow.is_some() {
+            layout.capabilities.push(Capability {
+                id: 9,
+                body: vec![0; 2],
+                writable: vec![0xff; 2],
+            });
+        }
         layout.bars[0] = BarSpec::Memory32 { size: 0x1000 };
         layout.bars[2] = BarSpec::Memory64 {
             size: 0x4000,
@@ -61,6 +68,10 @@ impl PciFunction for Probe {
             left.store(true, Ordering::SeqCst);
         }
         lock(&self.stores).push((bar, offset, data.to_vec()));
+    }
+
+    fn capability_write(&self, _capability: usize, _offset: usize, body: &[u8], _len: usize) {
+        self.bar_write(0, 0, body);
     }
 
     fn doorbells(&self) -> Vec<DoorbellRegister> {
@@ -421,18 +432,24 @@ fn nothing_is_switched_on_behind_a_reset() {
 
 #[test]
 fn a_reset_finds_no_access_under_way() {
-    let rig = rig_of(Probe {
-        slow: Some((std::sync::Barrier::new(2), AtomicBool::new(false))),
-        ..Probe::default()
-    });
-    rig.slot.set_powered(true);
-    rig.place(BAR0 as u32, HIGH);
-    rig.write(4, 2);
-    let (inside, left) = rig.device.slow.as_ref().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| rig.mmio.mmio_write(BAR0, &[0; 4]));
-        inside.wait();
-        rig.slot.reset(false);
-        assert!(left.load(Ordering::SeqCst));
-    });
+    let accesses: [fn(&Rig); 2] = [
+        |rig| assert!(rig.mmio.mmio_write(BAR0, &[0; 4])),
+        |rig| rig.slot.config_write(0x42, &[1]),
+    ];
+    for access in accesses {
+        let rig = rig_of(Probe {
+            slow: Some((std::sync::Barrier::new(2), AtomicBool::new(false))),
+            ..Probe::default()
+        });
+        rig.slot.set_powered(true);
+        rig.place(BAR0 as u32, HIGH);
+        rig.write(4, 2);
+        let (inside, left) = rig.device.slow.as_ref().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| access(&rig));
+            inside.wait();
+            rig.slot.reset(false);
+            assert!(left.load(Ordering::SeqCst));
+        });
+    }
 }
