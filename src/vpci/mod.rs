@@ -25,9 +25,9 @@
 //!    entry or the MSI state of its interrupts; the allocator of its message handles;
 //! 5. the route of a message handle, in which [`crate::vmm::MsiSink::raise_msi`] runs.
 //!
-//! [`function::PciFunction`] is called with the lock of the BAR that is accessed, shared; for a store
-//! to a capability with the placement lock; for a reset with the channel lock. What it calls, DMA
-//! and interrupts, comes behind all of them. Reading the configuration space takes no lock at all,
+//! [`function::PciFunction`] is called with the lock of the BAR that is accessed, shared; for a
+//! store to a capability with the placement lock; for a reset with the channel lock. What it calls,
+//! DMA and interrupts, comes behind all of them. Reading the configuration space takes no lock at all,
 //! so a vCPU that polls it with interrupts off never waits for a worker; RETARGET takes only the
 //! route (5).
 #![forbid(unsafe_code)]
