@@ -38,8 +38,10 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-/// Time that L1 gets to boot, on top of a scenario's own limit.
-const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// Time that L1 gets to boot; it takes about 10 s on two idle cores.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// Times that an L1 is started before its boot counts as failed.
+const BOOTS: u32 = 3;
 /// Time that L1 gets to power off after its verdict.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 /// A sign of life is printed after this much time without progress.
@@ -295,20 +297,23 @@ impl Prepared {
         let image = images::pack(&self.cache, &self.rig, Role::Rig, init)?;
         let name = &scenario.name;
         eprintln!("{name}: booting L1 ({})", self.rig.release);
-        let mut machine = Machine::start(&Setup {
+        let setup = Setup {
             image: &image,
             cmdline: CMDLINE,
             share: &share,
             logs: &work.folder,
             echo: watch.echo,
-        })?;
-        let own_limit = Duration::from_secs(scenario.time_limit_s);
-        let limit = BOOT_LIMIT.mul_f64(watch.scale) + own_limit;
+        };
         let mut progress = Progress::new(name, watch.echo);
-        let end = machine.watch(limit, watch.interrupted, |line| {
-            progress.look(machine.elapsed(), line);
-            line.and_then(Verdict::from_line)
-        });
+        let (mut machine, early) = boot(&setup, watch, &mut progress)?;
+        let own_limit = Duration::from_secs(scenario.time_limit_s);
+        let end = match early {
+            Some(end) => end,
+            None => machine.watch(machine.elapsed() + own_limit, watch.interrupted, |line| {
+                progress.look(machine.elapsed(), line);
+                line.and_then(Verdict::from_line)
+            }),
+        };
         if matches!(end, End::Found(_)) {
             machine.wait(POWER_OFF_LIMIT);
         }
@@ -316,6 +321,42 @@ impl Prepared {
         drop(machine);
         let log = work.folder.join("serial.log");
         Ok(Outcome::new(&scenario, end, seconds, &log))
+    }
+}
+
+/// Starts L1 and waits for its init's first word. An L1 that never gets there is started again,
+/// at most [`BOOTS`] times in all: what is under test has not begun by then. Returns the machine
+/// and, when the scenario is over already, how it ended.
+fn boot<T>(
+    setup: &Setup<'_>,
+    watch: &Watch<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<(Machine, Option<End<T>>)> {
+    let limit = BOOT_LIMIT.mul_f64(watch.scale);
+    let mut attempt = 1;
+    loop {
+        let machine = Machine::start(setup)?;
+        let end = machine.watch(limit, watch.interrupted, |line| {
+            progress.look(machine.elapsed(), line);
+            line.filter(|line| is_step(line)).map(drop)
+        });
+        let early = match end {
+            End::Found(()) => None,
+            End::TimedOut if attempt < BOOTS => {
+                let seconds = limit.as_secs();
+                eprintln!(
+                    "{}: L1 has not booted in {seconds} s; starting it again",
+                    progress.name
+                );
+                attempt += 1;
+                progress.last = Duration::ZERO;
+                continue;
+            }
+            End::TimedOut => Some(End::TimedOut),
+            End::Ended => Some(End::Ended),
+            End::Interrupted => Some(End::Interrupted),
+        };
+        return Ok((machine, early));
     }
 }
 
