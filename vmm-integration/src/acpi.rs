@@ -2,7 +2,8 @@
 //! MMIO windows (docs/spec/hyperv-guest-interface.md, section 11.1).
 //!
 //! A hardware-reduced platform: no PM timer, no PIT, no legacy PIC in the guest's view, no
-//! keyboard controller. Power-off is the sleep control register, reset the reset register.
+//! keyboard controller. Power-off is the sleep control register, reset the reset register (which Linux passes over on such
+//! a platform: see [`crate::firmware`]).
 #![forbid(unsafe_code)]
 
 use acpi_tables::Aml;

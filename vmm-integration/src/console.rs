@@ -56,6 +56,7 @@ pub(crate) fn console(irq: EventFd) -> io::Result<(Arc<ConsolePorts>, InputPump)
         stdin: io::stdin(),
         room,
         listening: false,
+        unpollable: false,
     };
     Ok((ports, pump))
 }
@@ -67,6 +68,7 @@ pub(crate) struct InputPump {
     stdin: Stdin,
     room: EventFd,
     listening: bool,
+    unpollable: bool,
 }
 
 impl InputPump {
@@ -101,7 +103,7 @@ impl InputPump {
     }
 
     fn listen(&mut self, ops: &mut EventOps, on: bool) {
-        if self.listening == on {
+        if self.listening == on || self.unpollable {
             return;
         }
         let result = if on {
@@ -112,7 +114,10 @@ impl InputPump {
         match result {
             Ok(()) => self.listening = on,
             // Files and /dev/null cannot be waited for: the guest gets no input then.
-            Err(error) => log::debug!("no console input: {error}"),
+            Err(error) => {
+                self.unpollable = true;
+                log::debug!("no console input: {error}");
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::console::{InputPump, console};
 use crate::control::{Command, Control};
 use crate::embed::{Embedding, Functions};
 use crate::error::Error;
+use crate::firmware;
 use crate::kernel::{self, BootSource, Entry, KernelError};
 use crate::layout::{self, Layout};
 use crate::long_mode;
@@ -154,6 +155,9 @@ impl Machine {
         let entry = kernel::load(&self.boot, &self.layout, ram)?;
         long_mode::write_tables(ram).map_err(|_| KernelError::Ram {
             gpa: layout::PAGE_TABLES,
+        })?;
+        firmware::write(ram).map_err(|_| KernelError::Ram {
+            gpa: firmware::RESET_VECTOR,
         })?;
         let windows = (layout::LOW_WINDOW, self.layout.high_window);
         let tables = acpi::build(layout::ACPI_TABLES, self.cpus, windows.0, windows.1);

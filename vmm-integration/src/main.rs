@@ -10,6 +10,7 @@ mod control;
 mod counters;
 mod embed;
 mod error;
+mod firmware;
 mod image;
 mod kernel;
 mod layout;

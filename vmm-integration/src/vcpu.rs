@@ -74,6 +74,9 @@ impl Vcpu {
                 }
                 Command::Pause => {
                     self.complete_exit();
+                    if let Ok(regs) = self.fd.get_regs() {
+                        log::debug!("vCPU {} pauses at RIP {:#x}", self.index, regs.rip);
+                    }
                     control.carried_out(self.index as usize, Command::Pause);
                 }
                 Command::Reset => {

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
 /// Reset: 1 to the reset register, then halt.
 const RESET: [u8; 8] = [0x66, 0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4];
+/// mov eax, 0xffff0; jmp rax: to the real-mode reset vector.
+const RESET_VECTOR: [u8; 7] = [0xb8, 0xf0, 0xff, 0x0f, 0x00, 0xff, 0xe0];
 /// Jump to itself.
 const SPIN: [u8; 2] = [0xeb, 0xfe];
 /// LIDT with an empty table, then UD2: a triple fault.
@@ -210,7 +212,8 @@ fn marks_keep_the_counts_of_every_function() {
 
 #[test]
 fn a_guest_that_only_resets_is_stopped() {
-    for code in [RESET.to_vec(), [stack(), TRIPLE_FAULT.to_vec()].concat()] {
+    let fault = [stack(), TRIPLE_FAULT.to_vec()].concat();
+    for code in [RESET.to_vec(), RESET_VECTOR.to_vec(), fault] {
         let Some(run) = Run::new("a_guest_that_only_resets_is_stopped", &code) else {
             return;
         };
