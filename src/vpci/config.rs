@@ -154,9 +154,11 @@ impl ConfigSpace {
         })
     }
 
-    /// The capability of the layout whose body holds `offset`: its index, how far into the body
-    /// that is, and the body.
-    pub(crate) fn body_at(&self, offset: usize) -> Option<(usize, usize, Body)> {
+    /// The capability of the layout whose body an access of `len` bytes at `offset` meets: its index,
+    /// how far into the body that is, and the body. None for an access that this space itself
+    /// answers with all ones, or drops.
+    pub(crate) fn body_at(&self, offset: usize, len: usize) -> Option<(usize, usize, Body)> {
+        locate(offset, len)?;
         let index = self.bodies.iter().position(|b| b.contains(&offset))?;
         let range = self.bodies[index].clone();
         let start = range.start;

@@ -128,7 +128,7 @@ impl FunctionSlot {
     pub(crate) fn config_read(&self, offset: usize, data: &mut [u8]) {
         self.config
             .read(offset, data, self.interrupts.msi_pending());
-        if let Some((capability, at, body)) = self.config.body_at(offset) {
+        if let Some((capability, at, body)) = self.config.body_at(offset, data.len()) {
             self.device.capability_read(capability, at, &body, data);
         }
     }
@@ -150,7 +150,7 @@ impl FunctionSlot {
             self.apply_msi();
         }
         // Still under the lock: no store reaches the device after its reset.
-        if let Some((capability, at, body)) = self.config.body_at(offset) {
+        if let Some((capability, at, body)) = self.config.body_at(offset, data.len()) {
             self.device
                 .capability_write(capability, at, &body, data.len());
         }

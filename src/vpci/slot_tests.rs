@@ -19,6 +19,8 @@ struct Probe {
     restless: AtomicBool,
     /// Stay in a store for a while: met at its start, set at its end.
     slow: Option<(std::sync::Barrier, AtomicBool)>,
+    /// Have a capability of four bytes at 0x40.
+    capability: bool,
 }
 
 impl PciFunction for Probe {
@@ -38,7 +40,7 @@ impl PciFunction for Probe {
             }),
             ..FunctionLayout::default()
         };
-        if self.slow.is_some() {
+        if self.capability {
             layout.capabilities.push(Capability {
                 id: 9,
                 body: vec![0; 2],
@@ -68,6 +70,10 @@ impl PciFunction for Probe {
             left.store(true, Ordering::SeqCst);
         }
         lock(&self.stores).push((bar, offset, data.to_vec()));
+    }
+
+    fn capability_read(&self, _capability: usize, _offset: usize, _body: &[u8], data: &mut [u8]) {
+        data.fill(0x5a);
     }
 
     fn capability_write(&self, _capability: usize, _offset: usize, body: &[u8], _len: usize) {
@@ -439,6 +445,7 @@ fn a_reset_finds_no_access_under_way() {
     for access in accesses {
         let rig = rig_of(Probe {
             slow: Some((std::sync::Barrier::new(2), AtomicBool::new(false))),
+            capability: true,
             ..Probe::default()
         });
         rig.slot.set_powered(true);
@@ -452,4 +459,26 @@ fn a_reset_finds_no_access_under_way() {
             assert!(left.load(Ordering::SeqCst));
         });
     }
+}
+
+#[test]
+fn an_access_across_a_double_word_does_not_reach_a_capability() {
+    let rig = rig_of(Probe {
+        capability: true,
+        ..Probe::default()
+    });
+    rig.slot.set_powered(true);
+    let read = |offset: usize, len: usize| {
+        let mut data = [0; 8];
+        rig.slot.config_read(offset, &mut data[..len]);
+        data[..len].to_vec()
+    };
+    for (offset, len) in [(0x42, 4), (0x43, 2), (0x42, 8), (0x42, 3)] {
+        assert_eq!(read(offset, len), vec![0xff; len]);
+        rig.slot.config_write(offset, &[1; 8][..len]);
+    }
+    assert!(lock(&rig.device.stores).is_empty());
+    assert_eq!(read(0x42, 2), [0x5a; 2]);
+    rig.slot.config_write(0x42, &[1, 2]);
+    assert_eq!(*lock(&rig.device.stores), [(0, 0, vec![1, 2])]);
 }
