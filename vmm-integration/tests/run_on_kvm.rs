@@ -172,6 +172,34 @@ fn input_reaches_the_guest_however_much_of_it_there_is() {
 }
 
 #[test]
+fn a_hypercall_through_the_page_comes_back_with_its_status() {
+    let mut code = stack();
+    // GUEST_OS_ID = 1, then HYPERCALL = page 0x200000, enabled.
+    for (msr, value) in [(0x4000_0000u32, 1u32), (0x4000_0001, 0x20_0001)] {
+        code.push(0xb9); // mov ecx
+        code.extend(msr.to_le_bytes());
+        code.push(0xb8); // mov eax
+        code.extend(value.to_le_bytes());
+        code.extend([0x31, 0xd2, 0x0f, 0x30]); // xor edx, edx; wrmsr
+    }
+    // A fast call with a code that nobody offers: status 2.
+    code.extend([0xb9, 0x7f, 0x00, 0x01, 0x00]); // mov ecx, 0x1007f
+    code.extend([0xb8, 0x00, 0x00, 0x20, 0x00, 0xff, 0xd0]); // mov eax, 0x200000; call rax
+    code.extend([0x04, 0x30, 0x66, 0xba, 0xf8, 0x03, 0xee]); // add al, '0'; out 0x3f8, al
+    code.extend(POWER_OFF);
+    let Some(run) = Run::new(
+        "a_hypercall_through_the_page_comes_back_with_its_status",
+        &code,
+    ) else {
+        return;
+    };
+    let (output, report) = run.to_end();
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    assert_eq!(output.stdout, b"2");
+    assert_eq!(report["counters"]["hypercall.unknown_codes"], 1);
+}
+
+#[test]
 fn marks_keep_the_counts_of_every_function() {
     let code = [out(0xf4, 7), out(0xf4, 9), POWER_OFF.to_vec()].concat();
     let Some(run) = Run::new("marks_keep_the_counts_of_every_function", &code) else {
