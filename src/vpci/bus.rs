@@ -446,7 +446,11 @@ impl Worker for Bus {
                 // The ring stays stopped until the guest closes the channel: once an opening.
                 if !matches!(error, RingError::Stopped) {
                     channel.corrupt_rings += 1;
-                    log::warn!("{}: ring stopped: {error}", self.name());
+                    let count = channel.corrupt_rings;
+                    // A guest can open and corrupt as often as it likes: log at powers of two.
+                    if count.is_power_of_two() {
+                        log::warn!("{}: ring stopped, {count} so far: {error}", self.name());
+                    }
                 }
                 false
             }

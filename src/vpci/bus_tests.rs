@@ -272,6 +272,42 @@ fn a_corrupt_ring_stops_until_the_channel_is_closed() {
     assert_eq!(guest.config_read(0, 0), 0x5650_1234);
 }
 
+/// Counts the lines that the library logs on this thread.
+#[derive(Debug)]
+struct LineCount;
+
+thread_local! {
+    static LINES: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+}
+
+impl log::Log for LineCount {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, _: &log::Record<'_>) {
+        LINES.set(LINES.get() + 1);
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_guest_that_keeps_corrupting_its_ring_fills_no_log() {
+    log::set_logger(&LineCount).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let mut guest = guest();
+    for _ in 0..1000 {
+        guest.open();
+        guest.to_host.store(0, 3);
+        guest.bus.signalled();
+        guest.workers.run();
+        guest.bus.close();
+    }
+    assert_eq!(guest.bus.report().corrupt_rings, 1000);
+    assert!((1..=10).contains(&LINES.get()), "{} lines", LINES.get());
+}
+
 /// With the worker stuck in a request, as in the worst case.
 #[test]
 fn configuration_reads_and_retargets_wait_for_no_worker() {
