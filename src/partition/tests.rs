@@ -15,6 +15,8 @@ use crate::msr::DEFAULT_HYPERCALL_PORT;
 use crate::vmbus::ring::guest::{GuestRing, Received, ram};
 use crate::vmm::{MonotonicClock, Msi, Trigger, Worker};
 
+mod hostile;
+
 const INSTANCE: Uuid = uuid!("00000001-1234-ab78-8000-000000000000");
 const APERTURE: u64 = 0xf000_0000;
 const WINDOW: u64 = APERTURE;
@@ -460,17 +462,23 @@ impl Guest {
         self.ram.read(0x31000, &mut bytes).unwrap();
         bytes
     }
+
+    /// From boot to data and an interrupt; returns the relid.
+    fn main_job(&mut self, version: u32, protocol: u32) -> u32 {
+        self.boot();
+        assert!(self.contact(version));
+        let relid = self.probe(protocol);
+        self.enable();
+        self.set_up_interrupt(protocol, 0x41, 1);
+        assert_eq!(self.copy(0x5a), [Msi::fixed(1, 0x41)]);
+        assert_eq!(self.copied(), [0x5a; 64]);
+        relid
+    }
 }
 
 fn main_job(version: u32, protocol: u32) -> (Guest, u32) {
     let mut guest = Guest::new();
-    guest.boot();
-    assert!(guest.contact(version));
-    let relid = guest.probe(protocol);
-    guest.enable();
-    guest.set_up_interrupt(protocol, 0x41, 1);
-    assert_eq!(guest.copy(0x5a), [Msi::fixed(1, 0x41)]);
-    assert_eq!(guest.copied(), [0x5a; 64]);
+    let relid = guest.main_job(version, protocol);
     (guest, relid)
 }
 
