@@ -91,7 +91,7 @@ impl Cpu<'_> {
             0 => {
                 let entry = MSIX_TABLE + dice.roll() % 8 * 16;
                 self.guest.write::<8>(entry, 0xfee0_0000);
-                let data_and_mask = dice.roll() % 4 | dice.roll() % 2 << 32;
+                let data_and_mask = (dice.roll() % 4) | ((dice.roll() % 2) << 32);
                 self.guest.write::<8>(entry + 8, data_and_mask);
             }
             1 => self.guest.write::<4>(LOW_BAR + 0x60, dice.roll() % 8),
