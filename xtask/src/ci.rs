@@ -59,12 +59,14 @@ fn parts(options: &Options) -> Vec<Part<'_>> {
     let limits = options.limits;
     let check = move || rig::check_host(limits);
     parts.push(("rig: KVM in L1".into(), Box::new(check)));
-    for entry in scenarios::all() {
-        if entry.required || options.full {
-            let name = entry.scenario.name;
-            let title = format!("rig: {name}");
-            parts.push((title, Box::new(move || rig::run_one(&name, limits))));
-        }
+    let entries = scenarios::all().into_iter();
+    let selected: Vec<_> = entries
+        .filter(|entry| entry.required || options.full)
+        .map(|entry| entry.scenario)
+        .collect();
+    if !selected.is_empty() {
+        let run = move || rig::run_scenarios(&selected, limits);
+        parts.push(("rig: scenarios".into(), Box::new(run)));
     }
     parts
 }

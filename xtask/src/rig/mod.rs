@@ -33,9 +33,14 @@ use machine::Setup;
 use outcome::Outcome;
 use std::fs;
 use std::fs::File;
+use std::num::NonZeroUsize;
+use std::panic;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::Duration;
 
 /// Time that L1 gets to boot; it takes about 10 s on two idle cores.
@@ -76,8 +81,17 @@ pub(crate) struct Options {
     /// A file that --shell-command finds in /host; may be given several times.
     #[arg(long, value_name = "FILE", requires = "shell_command")]
     file: Vec<PathBuf>,
+    /// Scenarios that run at the same time. Each takes one core and 3 GiB of memory.
+    #[arg(long, value_name = "N", default_value_t = default_jobs())]
+    jobs: NonZeroUsize,
     #[command(flatten)]
     limits: Limits,
+}
+
+/// As many scenarios at once as there are cores, and two at most: more want too much memory.
+fn default_jobs() -> NonZeroUsize {
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    cores.min(NonZeroUsize::MIN.saturating_add(1))
 }
 
 /// How long things may take.
@@ -132,23 +146,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         echo: options.verbose,
         interrupted: &interrupted,
     };
-    let mut outcomes = Vec::new();
-    for scenario in &selected {
-        let outcome = prepared.run(scenario, &watch)?;
-        let stop = outcome.interrupted;
-        outcomes.push(outcome);
-        if stop {
-            break;
-        }
-    }
+    let outcomes = prepared.run_all(&selected, options.jobs, &watch)?;
     if options.json {
         println!("{}", outcome::json(&outcomes)?);
     } else {
         print!("{}", outcome::table(&outcomes));
     }
-    let failed = outcomes.iter().filter(|outcome| !outcome.pass).count();
-    if failed > 0 {
-        let text = format!("{failed} of {} scenarios failed", outcomes.len());
+    all_passed(&outcomes, selected.len())
+}
+
+fn all_passed(outcomes: &[Outcome], selected: usize) -> Result<()> {
+    let passed = outcomes.iter().filter(|outcome| outcome.pass).count();
+    if passed < selected {
+        let text = format!("{} of {selected} scenarios failed", selected - passed);
         return Err(Failure::Failed(text).into());
     }
     Ok(())
@@ -165,24 +175,18 @@ fn list() -> String {
     entries.map(line).collect()
 }
 
-/// Runs one scenario for continuous integration; prints its table.
-pub(crate) fn run_one(name: &str, limits: Limits) -> Result<()> {
-    let selected = scenarios::select(&[name.to_string()])?;
-    let prepared = Prepared::for_scenarios(&selected)?;
+/// Runs scenarios for continuous integration; prints their table.
+pub(crate) fn run_scenarios(selected: &[Scenario], limits: Limits) -> Result<()> {
+    let prepared = Prepared::for_scenarios(selected)?;
     let watch = Watch {
         scale: limits.timeout_scale,
         echo: false,
-        // Ctrl-C then ends this program, and with it the machine.
+        // Ctrl-C then ends this program, and with it the machines.
         interrupted: &AtomicBool::new(false),
     };
-    for scenario in &selected {
-        let outcome = prepared.run(scenario, &watch)?;
-        print!("{}", outcome::table(std::slice::from_ref(&outcome)));
-        if !outcome.pass {
-            return Err(Failure::Failed(format!("scenario {name} failed")).into());
-        }
-    }
-    Ok(())
+    let outcomes = prepared.run_all(selected, default_jobs(), &watch)?;
+    print!("{}", outcome::table(&outcomes));
+    all_passed(&outcomes, selected.len())
 }
 
 /// Installs, builds and fetches everything that the scenarios need.
@@ -283,6 +287,42 @@ impl Prepared {
             link(&image.initrd, &share.join(scenarios::initrd_file(family)))?;
         }
         Ok(())
+    }
+
+    /// Runs scenarios, `jobs` at a time, and returns their outcomes in the order of the list. An
+    /// interruption ends those that run, and the others do not start.
+    fn run_all(
+        &self,
+        scenarios: &[Scenario],
+        jobs: NonZeroUsize,
+        watch: &Watch<'_>,
+    ) -> Result<Vec<Outcome>> {
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let work = || {
+            let mut done = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(scenario) = scenarios.get(index) else {
+                    break;
+                };
+                let outcome = self.run(scenario, watch);
+                if !matches!(&outcome, Ok(outcome) if !outcome.interrupted) {
+                    stop.store(true, Ordering::Relaxed);
+                }
+                done.push((index, outcome));
+            }
+            done
+        };
+        let mut outcomes = thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs.get()).map(|_| scope.spawn(work)).collect();
+            let joined = workers.into_iter().map(|worker| worker.join());
+            joined
+                .flat_map(|done| done.unwrap_or_else(|panic| panic::resume_unwind(panic)))
+                .collect::<Vec<_>>()
+        });
+        outcomes.sort_by_key(|(index, _)| *index);
+        outcomes.into_iter().map(|(_, outcome)| outcome).collect()
     }
 
     fn run(&self, scenario: &Scenario, watch: &Watch<'_>) -> Result<Outcome> {

@@ -52,18 +52,19 @@ pub(crate) fn families(scenario: &Scenario) -> Vec<&str> {
 
 /// All scenarios.
 pub(crate) fn all() -> Vec<Entry> {
-    // Becomes true with the guest side of the rig.
-    let required = |scenario| Entry {
+    // Not yet required of each change: L2 takes an interrupt at the wrong moment now and then, and
+    // its kernel dies of it (docs/testing.md, "Known trouble").
+    let optional = |scenario| Entry {
         scenario,
         required: false,
     };
     vec![
-        required(linux("linux-7")),
-        required(linux("linux-6.12")),
-        required(linux("linux-6.1")),
-        required(two_buses("linux-7")),
-        required(reboot("linux-7")),
-        required(rebind("linux-7")),
+        optional(linux("linux-7")),
+        optional(linux("linux-6.12")),
+        optional(linux("linux-6.1")),
+        optional(two_buses("linux-7")),
+        optional(reboot("linux-7")),
+        optional(rebind("linux-7")),
     ]
 }
 
