@@ -169,10 +169,10 @@ fn qemu(setup: &Setup<'_>) -> Command {
     // setpriv: should this program be killed, the kernel ends QEMU as well.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-    // One TCG thread for both CPUs: with a thread each, a CPU may run an INT3 of the kernel's code
-    // patching after the patch is complete, and L1 dies in `__schedule` when the first or last VM
-    // flips the static key of the preemption notifiers.
-    command.args("-accel tcg,thread=single -machine q35".split(' '));
+    // A TCG thread for each CPU. With one thread for both QEMU switches between them by an exit
+    // request, and such a request between the injection of an interrupt into L2 and L2's next exit
+    // delivers the interrupt once more, whatever L2's IF is (docs/spec/vfio-rig.md, section 1).
+    command.args("-accel tcg,thread=multi -machine q35".split(' '));
     command.args("-cpu EPYC,+svm,+npt -smp 2 -m 3072".split(' '));
     command.args("-nodefaults -display none -serial stdio -no-reboot".split(' '));
     command.arg("-kernel").arg(&setup.image.kernel);

@@ -12,6 +12,7 @@ use guest_images::pattern::{Checksum, Pattern};
 use guest_images::report::GuestReport;
 use guest_images::scenario::{Function, PciAddress, Run, Scenario};
 use guest_images::verdict::{RunVerdict, Verdict};
+use kvm_ioctls::{Kvm, VmFd};
 use rustix::mount::MountFlags;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -62,6 +63,14 @@ fn set_up() -> Result<Scenario> {
     })
 }
 
+/// An empty VM, to be kept for the time of the scenario. The first VM of a machine and the last one
+/// make the kernel patch its scheduler (the static key of the preemption notifiers), and under
+/// multi-threaded TCG another CPU may run a breakpoint of that patch when it is long gone: L1 dies.
+fn keep_vm() -> Result<VmFd> {
+    let kvm = Kvm::new().context("/dev/kvm")?;
+    kvm.create_vm().context("KVM_CREATE_VM")
+}
+
 fn judge_all(scenario: &Scenario) -> Verdict {
     system::start_watchdog(Duration::from_secs(scenario.time_limit_s));
     let mut verdict = Verdict {
@@ -70,6 +79,10 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         failures: Vec::new(),
         runs: Vec::new(),
     };
+    let kept = keep_vm();
+    if let Err(error) = &kept {
+        verdict.failures.push(format!("{error:#}"));
+    }
     if scenario.runs.is_empty() && scenario.exec.is_none() {
         verdict.failures.push("the scenario has no runs".into());
     }
