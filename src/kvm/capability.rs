@@ -11,6 +11,7 @@ use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuFd, VmFd,
 };
 
+use super::survey::{CAPABILITIES, Need};
 use crate::hv::msr as hv;
 
 /// First synthetic MSR (docs/spec/hyperv-guest-interface.md, section 2).
@@ -57,20 +58,10 @@ impl HostSupport {
     ///
     /// [`KvmError::Missing`] names what is not there.
     pub fn check(kvm: &Kvm) -> Result<Self, KvmError> {
-        let needed = [
-            (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR"),
-            (Cap::X86MsrFilter, "KVM_CAP_X86_MSR_FILTER"),
-            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
-            (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
-            (Cap::Irqfd, "KVM_CAP_IRQFD"),
-            (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-            (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-        ];
-        let missing: Vec<&str> = needed
-            .into_iter()
-            .filter(|(cap, _)| !kvm.check_extension(*cap))
-            .map(|(_, name)| name)
+        let missing: Vec<&str> = CAPABILITIES
+            .iter()
+            .filter(|entry| entry.need == Need::Required && !entry.satisfied_by(entry.value(kvm)))
+            .map(|entry| entry.name)
             .collect();
         if !missing.is_empty() {
             return Err(KvmError::Missing { missing });

@@ -17,6 +17,7 @@ pub mod cpuid;
 mod doorbell;
 pub mod hypercall;
 mod msi;
+pub mod survey;
 pub mod xsave;
 
 pub use capability::{

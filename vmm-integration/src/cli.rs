@@ -30,6 +30,18 @@ pub(crate) enum Command {
     /// Exit status: 0 the guest powered off, 1 the run failed, 2 the command line asks for
     /// something impossible, 3 the host lacks something.
     Run(RunArgs),
+    /// Say what this host has, what follows from it, and what to do about what is missing.
+    ///
+    /// Exit status: 0 guests can run here, 3 they cannot.
+    Doctor(DoctorArgs),
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print JSON, for programs, instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `run`.
@@ -84,7 +96,7 @@ pub(crate) fn one_line(error: &clap::Error) -> String {
     let paragraph = text.split("\n\n").next().unwrap_or_default();
     let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
     let line = line.strip_prefix("error: ").unwrap_or(&line);
-    format!("{line} (see vpci-vmm run --help)")
+    format!("{line} (see vpci-vmm --help)")
 }
 
 #[cfg(test)]
@@ -107,7 +119,9 @@ mod tests {
 
     #[test]
     fn a_kernel_is_all_that_is_needed() {
-        let Command::Run(args) = parse("run --kernel k").unwrap().command;
+        let Command::Run(args) = parse("run --kernel k").unwrap().command else {
+            panic!("not run");
+        };
         assert_eq!((args.cpus, args.memory), (1, 512 << 20));
         assert_eq!(args.cmdline, "console=ttyS0");
         assert_eq!(args.hyperv, HypervMode::Auto);
@@ -125,6 +139,7 @@ mod tests {
             ("run --kernel k --hyperv on", "'--hyperv <WHO>'"),
             ("run --kernel k --bogus", "'--bogus'"),
             ("run --kernel k extra", "'extra'"),
+            ("doctor --bogus", "'--bogus'"),
             ("jump", "'jump'"),
         ] {
             let line = refusal(args);

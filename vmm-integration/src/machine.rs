@@ -224,7 +224,12 @@ impl Drop for Machine {
     }
 }
 
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+/// A VM with its irqchip and everything that [`kvm::prepare_vm`] sets up, without RAM and vCPUs.
+///
+/// # Errors
+///
+/// [`Error`].
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
     vm.set_identity_map_address(layout::IDENTITY_MAP)
         .map_err(Error::kvm("place its identity map"))?;

@@ -8,6 +8,7 @@ mod cli;
 mod console;
 mod control;
 mod counters;
+mod doctor;
 mod embed;
 mod error;
 mod firmware;
@@ -56,7 +57,10 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    let Command::Run(args) = cli.command;
+    let args = match cli.command {
+        Command::Run(args) => args,
+        Command::Doctor(args) => return ExitCode::from(doctor::doctor(&args)),
+    };
     match run::run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -31,6 +31,15 @@ pub(crate) fn parse_memory(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "give a size between 32M and 1T".into())
 }
 
+/// A number of bytes for people, in the largest unit that leaves at least one.
+pub(crate) fn human(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
+        Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,6 +53,20 @@ mod tests {
             "", "M", "512", "-1G", "+1G", "1.5G", "1KG", "G1", "1 G", "é",
         ] {
             assert!(parse_memory(bad).unwrap_err().contains("512M"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_told_in_the_largest_unit_that_leaves_one() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (8 << 20, "8.0 MiB"),
+            (3 << 29, "1.5 GiB"),
+            (1 << 40, "1.0 TiB"),
+        ] {
+            assert_eq!(human(bytes), text);
         }
     }
 

@@ -1,0 +1,347 @@
+//! Devices that could be passed through: IOMMUs, VFIO groups and device nodes, iommufd.
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use serde::Serialize;
+
+use super::finding::{Finding, Status, Topic};
+use super::root::Root;
+
+/// VT-d extended capability: nested translation.
+const ECAP_NEST: u64 = 1 << 26;
+/// VT-d extended capability: scalable mode, which Linux nests in only.
+const ECAP_SMTS: u64 = 1 << 43;
+/// PCI base class of bridges, which stay with the host in any group.
+const CLASS_BRIDGE: u32 = 0x06;
+/// Drivers of the host that do not keep a group from being used.
+const HARMLESS_DRIVERS: [&str; 2] = ["pci-stub", "pcieport"];
+
+/// A device node, and what it is for.
+struct Node {
+    /// Below the root.
+    path: &'static str,
+    /// What follows if it can be opened.
+    with: &'static str,
+    /// What follows if it cannot.
+    without: &'static str,
+    /// What to do where it is not there.
+    advice: &'static str,
+}
+
+const NODES: [Node; 2] = [
+    Node {
+        path: "dev/vfio/vfio",
+        with: "groups can be used through type1",
+        without: "no group can be used through type1",
+        advice: "modprobe vfio-pci (CONFIG_VFIO_CONTAINER, CONFIG_VFIO_PCI)",
+    },
+    Node {
+        path: "dev/iommu",
+        with: "devices can be used through iommufd",
+        without: "no device can be used through iommufd",
+        advice: "modprobe iommufd (CONFIG_IOMMUFD)",
+    },
+];
+
+/// One IOMMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Iommu {
+    /// Name of the kernel, such as `dmar0`.
+    pub(crate) name: String,
+    /// `intel`, `amd` or `other`.
+    pub(crate) kind: &'static str,
+    /// It and its driver can translate by a guest's own tables.
+    pub(crate) nested: bool,
+}
+
+/// A PCI function of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Device {
+    /// Its address, such as `0000:00:02.0`.
+    pub(crate) address: String,
+    /// Vendor and device id, such as `1af4:1044`.
+    pub(crate) id: String,
+    /// Class, subclass and programming interface in hex, such as `010802`.
+    pub(crate) class: String,
+    /// The driver that has it.
+    pub(crate) driver: Option<String>,
+    /// Its VFIO character device, such as `vfio0`.
+    pub(crate) cdev: Option<String>,
+}
+
+impl Device {
+    fn is_bridge(&self) -> bool {
+        u32::from_str_radix(&self.class, 16).is_ok_and(|class| class >> 16 == CLASS_BRIDGE)
+    }
+
+    /// True for vfio-pci and the variant drivers of vendors.
+    fn is_with_vfio(&self) -> bool {
+        self.driver.as_ref().is_some_and(|driver| {
+            driver == "vfio-pci" || driver.ends_with("_vfio_pci") || driver.ends_with("-vfio-pci")
+        })
+    }
+
+    /// True if the kernel lets user space use its group beside it.
+    fn is_harmless(&self) -> bool {
+        let Some(driver) = &self.driver else {
+            return true;
+        };
+        self.is_with_vfio() || HARMLESS_DRIVERS.contains(&driver.as_str())
+    }
+}
+
+/// An IOMMU group: devices that can only be passed through together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Group {
+    /// Number of the group.
+    pub(crate) id: String,
+    /// No device of it is the host's, and at least one is VFIO's.
+    pub(crate) viable: bool,
+    /// Its devices.
+    pub(crate) devices: Vec<Device>,
+}
+
+/// What the host has for passing devices through.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct VfioFacts {
+    /// IOMMUs.
+    pub(crate) iommus: Vec<Iommu>,
+    /// Interrupts go through an IOMMU's remapping table.
+    pub(crate) interrupt_remapping: bool,
+    /// `/dev/vfio/vfio` can be opened.
+    pub(crate) container: bool,
+    /// `/dev/iommu` can be opened.
+    pub(crate) iommufd: bool,
+    /// Names of the nodes in `/dev/vfio/devices`.
+    pub(crate) cdevs: Vec<String>,
+    /// Groups of PCI functions.
+    pub(crate) groups: Vec<Group>,
+}
+
+impl VfioFacts {
+    /// True if a device is ready to be passed through.
+    pub(super) fn has_viable_group(&self) -> bool {
+        self.groups.iter().any(|group| group.viable)
+    }
+
+    /// True if the host can nest a guest's tables for devices.
+    pub(super) fn nests(&self) -> bool {
+        self.iommufd && !self.cdevs.is_empty() && self.iommus.iter().any(|iommu| iommu.nested)
+    }
+}
+
+/// Looks at everything that passing devices through needs.
+pub(super) fn examine(root: &Root, findings: &mut Vec<Finding>) -> VfioFacts {
+    let facts = VfioFacts {
+        iommus: root
+            .names("sys/class/iommu")
+            .into_iter()
+            .map(|name| iommu(root, name))
+            .collect(),
+        interrupt_remapping: root
+            .text("proc/interrupts")
+            .is_some_and(|text| text.contains(" IR-")),
+        container: root.open("dev/vfio/vfio").is_ok(),
+        iommufd: root.open("dev/iommu").is_ok(),
+        cdevs: root.names("dev/vfio/devices"),
+        groups: root
+            .names("sys/kernel/iommu_groups")
+            .into_iter()
+            .map(|id| group(root, id))
+            .collect(),
+    };
+    findings.push(iommu_finding(root, &facts.iommus));
+    findings.push(nesting_finding(&facts.iommus));
+    findings.push(remapping_finding(root, &facts));
+    findings.extend(NODES.iter().map(|node| node_finding(root, node)));
+    findings.push(cdev_finding(&facts.cdevs));
+    findings.extend(facts.groups.iter().map(group_finding));
+    if facts.groups.is_empty() {
+        let none = Finding::new(Topic::PassThrough, "IOMMU groups", Status::Missing);
+        findings.push(
+            none.found("none")
+                .follows("no device can be passed through"),
+        );
+    }
+    facts
+}
+
+fn iommu(root: &Root, name: String) -> Iommu {
+    let base = format!("sys/class/iommu/{name}");
+    let ecap = root
+        .text(format!("{base}/intel-iommu/ecap"))
+        .and_then(|text| u64::from_str_radix(&text, 16).ok());
+    let kind = match ecap {
+        Some(_) => "intel",
+        None if root.has(format!("{base}/amd-iommu")) => "amd",
+        None => "other",
+    };
+    // The AMD driver does not nest for user space as of Linux 7.3 (docs/spec/vfio-rig.md,
+    // section 6), whatever the hardware can do.
+    let nested = ecap.is_some_and(|ecap| ecap & ECAP_NEST != 0 && ecap & ECAP_SMTS != 0);
+    Iommu { name, kind, nested }
+}
+
+fn group(root: &Root, id: String) -> Group {
+    let devices: Vec<Device> = root
+        .names(format!("sys/kernel/iommu_groups/{id}/devices"))
+        .into_iter()
+        .map(|address| device(root, &id, address))
+        .collect();
+    let ours = devices.iter().filter(|device| !device.is_bridge());
+    let viable = devices.iter().any(Device::is_with_vfio) && ours.clone().all(Device::is_harmless);
+    Group {
+        id,
+        viable,
+        devices,
+    }
+}
+
+fn device(root: &Root, group: &str, address: String) -> Device {
+    let base = format!("sys/kernel/iommu_groups/{group}/devices/{address}");
+    let hex = |file: &str| {
+        let text = root.text(format!("{base}/{file}")).unwrap_or_default();
+        text.trim_start_matches("0x").to_owned()
+    };
+    Device {
+        id: format!("{}:{}", hex("vendor"), hex("device")),
+        class: hex("class"),
+        driver: root.link(format!("{base}/driver")),
+        cdev: root.names(format!("{base}/vfio-dev")).into_iter().next(),
+        address,
+    }
+}
+
+fn iommu_finding(root: &Root, iommus: &[Iommu]) -> Finding {
+    let finding = Finding::new(Topic::PassThrough, "IOMMU", Status::Ok);
+    if iommus.is_empty() {
+        let advice = if root.has_cpu_flag("hypervisor") {
+            "give this VM a virtual IOMMU, and the device to it"
+        } else {
+            "switch VT-d or AMD-Vi on in the firmware; on Intel boot with intel_iommu=on"
+        };
+        return finding
+            .status(Status::Missing)
+            .found("none in use")
+            .follows("emulated functions only")
+            .advise(advice);
+    }
+    let names: Vec<_> = iommus
+        .iter()
+        .map(|iommu| format!("{} ({})", iommu.name, iommu.kind))
+        .collect();
+    finding
+        .found(names.join(", "))
+        .follows("DMA of passed-through devices is confined")
+}
+
+fn nesting_finding(iommus: &[Iommu]) -> Finding {
+    let finding = Finding::new(Topic::PassThrough, "nested translation", Status::Note);
+    if iommus.iter().any(|iommu| iommu.nested) {
+        return finding.status(Status::Ok).found("announced").follows(
+            "the IOMMU can walk a guest's own tables, in scalable mode (intel_iommu=sm_on)",
+        );
+    }
+    let follows = "a guest's tables are shadowed, which costs exits";
+    let finding = finding.found("none").follows(follows);
+    if iommus.iter().any(|iommu| iommu.kind == "intel") {
+        return finding.advise("boot with intel_iommu=on,sm_on; older hardware cannot");
+    }
+    finding
+}
+
+fn remapping_finding(root: &Root, facts: &VfioFacts) -> Finding {
+    let finding = Finding::new(Topic::PassThrough, "interrupt remapping", Status::Ok);
+    if facts.interrupt_remapping {
+        let follows = "a device's interrupts are confined, too";
+        return finding.found("in use").follows(follows);
+    }
+    let unsafe_interrupts =
+        root.text("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
+    if unsafe_interrupts.is_some_and(|text| text == "Y" || text == "1") {
+        return finding
+            .status(Status::Limited)
+            .found("not in use, and allowed to be")
+            .follows("a passed-through device can send any interrupt to this host")
+            .advise("switch interrupt remapping on in the firmware");
+    }
+    let finding = finding.status(Status::Missing).found("not in use");
+    if facts.iommus.is_empty() {
+        return finding.follows("it comes with an IOMMU");
+    }
+    finding
+        .follows("VFIO refuses devices (EPERM)")
+        .advise("switch it on in the firmware, or set allow_unsafe_interrupts of vfio_iommu_type1")
+}
+
+fn node_finding(root: &Root, node: &Node) -> Finding {
+    let finding = Finding::new(Topic::PassThrough, &format!("/{}", node.path), Status::Ok);
+    let error = match root.open(node.path) {
+        Ok(()) => return finding.found("can be opened").follows(node.with),
+        Err(error) => error,
+    };
+    let (found, advice) = match error.kind() {
+        io::ErrorKind::PermissionDenied => (
+            "no access".into(),
+            "give this user access to it, or be root",
+        ),
+        io::ErrorKind::NotFound => ("not there".into(), node.advice),
+        _ => (error.to_string(), node.advice),
+    };
+    finding
+        .status(Status::Missing)
+        .found(found)
+        .follows(node.without)
+        .advise(advice)
+}
+
+fn cdev_finding(cdevs: &[String]) -> Finding {
+    let finding = Finding::new(Topic::PassThrough, "/dev/vfio/devices", Status::Ok);
+    if cdevs.is_empty() {
+        return finding
+            .status(Status::Note)
+            .found("empty or not there")
+            .follows("no device can be used through iommufd")
+            .advise("bind a device to vfio-pci (CONFIG_VFIO_DEVICE_CDEV)");
+    }
+    finding
+        .found(cdevs.join(", "))
+        .follows("these devices can be used through iommufd")
+}
+
+fn group_finding(group: &Group) -> Finding {
+    let devices: Vec<_> = group
+        .devices
+        .iter()
+        .map(|device| {
+            let driver = device.driver.as_deref().unwrap_or("no driver");
+            format!("{} {} ({driver})", device.address, device.id)
+        })
+        .collect();
+    let name = format!("group {}", group.id);
+    let finding = Finding::new(Topic::PassThrough, &name, Status::Ok).found(devices.join(", "));
+    if group.viable {
+        return finding.follows("ready to be passed through");
+    }
+    let in_use = |device: &&Device| !device.is_bridge() && !device.is_harmless();
+    let with_host: Vec<_> = group
+        .devices
+        .iter()
+        .filter(in_use)
+        .map(|device| device.address.as_str())
+        .collect();
+    if group.devices.iter().any(Device::is_with_vfio) {
+        return finding
+            .status(Status::Limited)
+            .follows("VFIO refuses the group while the host uses a part of it")
+            .advise(format!("unbind {}", with_host.join(", ")));
+    }
+    let finding = finding.status(Status::Note);
+    if group.devices.iter().all(Device::is_bridge) {
+        return finding.follows("a bridge, which stays with the host");
+    }
+    finding
+        .follows("the host's own")
+        .advise("driver_override vfio-pci for each device, if it is to be passed through")
+}
