@@ -1,4 +1,4 @@
-//! Debian packages: installed on this machine, or fetched without touching its configuration.
+//! Debian packages, fetched without touching the machine's configuration.
 #![forbid(unsafe_code)]
 
 use crate::cache::Cache;
@@ -27,56 +27,6 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Age at which an index is fetched again.
 const INDEX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Installs the host packages that are not there yet, after saying so.
-///
-/// Without the right to install: [`Failure::Lacking`] with the command to run.
-pub(crate) fn install(packages: &[&str]) -> Result<()> {
-    let missing: Vec<_> = packages
-        .iter()
-        .copied()
-        .filter(|package| !is_installed(package))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let arguments = ["install", "--yes", "--no-install-recommends"];
-    if !rustix::process::geteuid().is_root() {
-        return Err(Failure::Lacking(format!(
-            "not installed: {}; run: sudo apt-get {} {}",
-            missing.join(", "),
-            arguments.join(" "),
-            missing.join(" ")
-        ))
-        .into());
-    }
-    require_apt()?;
-    eprintln!("installing from Debian: {}", missing.join(" "));
-    let install = || {
-        let mut command = Command::new("apt-get");
-        command.args(arguments).args(&missing);
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command::run_on_stderr(&mut command)
-    };
-    if install().is_ok() {
-        return Ok(());
-    }
-    // The machine's index may be missing or stale. Some of its sources failing is no reason to
-    // stop: what counts is whether the packages can be had then.
-    eprintln!("fetching the package index first");
-    let _ = command::run_on_stderr(Command::new("apt-get").arg("update"));
-    install().map_err(|error| Failure::Lacking(format!("{error:#}")).into())
-}
-
-fn is_installed(package: &str) -> bool {
-    let status = command::output(Command::new("dpkg-query").args([
-        "--show",
-        "--showformat",
-        "${Status}",
-        package,
-    ]));
-    status.is_ok_and(|status| status == "install ok installed")
-}
-
 fn require_apt() -> Result<()> {
     if command::output(Command::new("apt-get").arg("--version")).is_err() {
         let text = "no apt-get: packages can only be fetched on a Debian system";
@@ -95,6 +45,8 @@ fn mirror() -> String {
 pub(crate) struct Suite<'a> {
     cache: &'a Cache,
     name: &'static str,
+    /// The release that the suite's packages build on, where those are wanted as well.
+    base: Option<&'static str>,
     folder: PathBuf,
 }
 
@@ -102,6 +54,25 @@ impl<'a> Suite<'a> {
     /// The suite `name`, with an index not older than a day. Where the index cannot be fetched an
     /// older one will do, with a warning.
     pub(crate) fn open(cache: &'a Cache, name: &'static str) -> Result<Self> {
+        Self::open_in(cache, name, None, cache.folder(Kind::Apt)?.join(name))
+    }
+
+    /// The suite `name` together with the release `base`, so that dependencies can be followed.
+    pub(crate) fn open_on(
+        cache: &'a Cache,
+        name: &'static str,
+        base: &'static str,
+    ) -> Result<Self> {
+        let folder = cache.folder(Kind::Apt)?.join(format!("{name}+{base}"));
+        Self::open_in(cache, name, Some(base), folder)
+    }
+
+    fn open_in(
+        cache: &'a Cache,
+        name: &'static str,
+        base: Option<&'static str>,
+        folder: PathBuf,
+    ) -> Result<Self> {
         require_apt()?;
         if !Path::new(KEYRING).exists() {
             let text = format!("no {KEYRING}: install package debian-archive-keyring");
@@ -110,7 +81,8 @@ impl<'a> Suite<'a> {
         let suite = Self {
             cache,
             name,
-            folder: cache.folder(Kind::Apt)?.join(name),
+            base,
+            folder,
         };
         let lock = suite.lock()?;
         suite.write_configuration()?;
@@ -123,7 +95,8 @@ impl<'a> Suite<'a> {
 
     /// Keeps other runs from changing the state of this suite meanwhile.
     fn lock(&self) -> Result<Lock> {
-        self.cache.lock(&format!("apt-{}", self.name))
+        let folder = self.folder.file_name().unwrap_or_default();
+        self.cache.lock(&format!("apt-{}", folder.display()))
     }
 
     fn write_configuration(&self) -> Result<()> {
@@ -135,11 +108,10 @@ impl<'a> Suite<'a> {
             fs::create_dir_all(self.folder.join(folder))?;
         }
         fs::write(self.folder.join("status"), "")?;
-        let source = format!(
-            "deb [signed-by={KEYRING}] {} {} main\n",
-            mirror(),
-            self.name
-        );
+        let source: String = std::iter::once(self.name)
+            .chain(self.base)
+            .map(|name| format!("deb [signed-by={KEYRING}] {} {name} main\n", mirror()))
+            .collect();
         let list = self.folder.join("sources.list");
         if fs::read_to_string(&list).is_ok_and(|old| old == source) {
             return Ok(());
@@ -268,6 +240,49 @@ impl<'a> Suite<'a> {
             entry.display()
         )
     }
+
+    /// `apt-get install` of package `name` into an empty system, preferring this suite to its
+    /// base.
+    fn install(&self, name: &str) -> Command {
+        let mut command = self.apt("apt-get");
+        command.args(["install", "--yes", "--no-install-recommends"]);
+        command.args(["--target-release", self.name, name]);
+        command
+    }
+
+    /// Name and version of package `name` and of everything that it needs, sorted by name.
+    pub(crate) fn closure(&self, name: &str) -> Result<Vec<(String, String)>> {
+        let _lock = self.lock()?;
+        let text = command::output(self.install(name).arg("--simulate"))?;
+        let mut packages = parse_simulation(&text);
+        packages.sort_unstable();
+        Ok(packages)
+    }
+
+    /// Downloads package `name` and everything that it needs into the new folder `archives`; the
+    /// files, verified by apt.
+    pub(crate) fn download_closure(&self, name: &str, archives: &Path) -> Result<Vec<PathBuf>> {
+        fs::create_dir_all(archives.join("partial"))?;
+        let _lock = self.lock()?;
+        let mut command = self.install(name);
+        command.arg("--download-only").arg("-o");
+        command.arg(format!("Dir::Cache::archives={}", archives.display()));
+        command::run_on_stderr(&mut command)?;
+        let files = fs::read_dir(archives)?.map(|file| Ok(file?.path()));
+        let files = files.collect::<Result<Vec<_>>>()?;
+        let is_package = |path: &PathBuf| path.extension().is_some_and(|name| name == "deb");
+        Ok(files.into_iter().filter(is_package).collect())
+    }
+}
+
+/// The `Inst NAME (VERSION ...)` lines of a simulated installation.
+fn parse_simulation(text: &str) -> Vec<(String, String)> {
+    let parse = |line: &str| {
+        let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
+        let version = rest.split([' ', ')']).next()?;
+        Some((name.to_string(), version.to_string()))
+    };
+    text.lines().filter_map(parse).collect()
 }
 
 /// Unpacks a package's files into `folder`.
@@ -288,8 +303,40 @@ mod tests {
         Suite {
             cache,
             name: "bookworm",
+            base: None,
             folder: folder.join("apt"),
         }
+    }
+
+    #[test]
+    fn a_suite_on_a_base_names_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open_at(dir.path().join("cache")).unwrap();
+        let suite = Suite {
+            name: "trixie-backports",
+            base: Some("trixie"),
+            ..suite(&cache, dir.path())
+        };
+        suite.write_configuration().unwrap();
+        let source = fs::read_to_string(suite.folder.join("sources.list")).unwrap();
+        assert_eq!(source.lines().count(), 2);
+        assert!(source.lines().all(|line| line.contains(KEYRING)));
+    }
+
+    #[test]
+    fn a_simulated_installation_tells_names_and_versions() {
+        let text = "NOTE: This is only a simulation!\n\
+                    Inst libc6 (2.41-12 Debian:13.1/stable [amd64]) []\n\
+                    Inst qemu-system-x86 (1:11.1.3+ds-1~bpo13+1 Debian [amd64])\n\
+                    Conf libc6 (2.41-12 Debian:13.1/stable [amd64])\n";
+        let pair = |name: &str, version: &str| (name.to_string(), version.to_string());
+        assert_eq!(
+            parse_simulation(text),
+            [
+                pair("libc6", "2.41-12"),
+                pair("qemu-system-x86", "1:11.1.3+ds-1~bpo13+1")
+            ]
+        );
     }
 
     #[test]

@@ -17,7 +17,13 @@ use std::path::Path;
 use std::path::PathBuf;
 
 /// Everything that the cache may hold: what `clean-cache` removes.
-const KINDS: &[Kind] = &[Kind::Apt, Kind::Packages, Kind::Kernels, Kind::Images];
+const KINDS: &[Kind] = &[
+    Kind::Apt,
+    Kind::Packages,
+    Kind::Kernels,
+    Kind::Images,
+    Kind::Emulators,
+];
 
 /// The kinds of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +36,8 @@ pub(crate) enum Kind {
     Kernels,
     /// Initramfs archives.
     Images,
+    /// What the rig's computer runs on.
+    Emulators,
 }
 
 impl Kind {
@@ -39,6 +47,7 @@ impl Kind {
             Kind::Packages => "packages",
             Kind::Kernels => "kernels",
             Kind::Images => "images",
+            Kind::Emulators => "emulators",
         }
     }
 }

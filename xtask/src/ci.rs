@@ -42,8 +42,7 @@ type FixedPart = fn() -> Result<()>;
 type Part<'a> = (String, Box<dyn Fn() -> Result<()> + 'a>);
 
 fn parts(options: &Options) -> Vec<Part<'_>> {
-    let fixed: [(&str, FixedPart); 8] = [
-        ("host packages", rig::install_packages),
+    let fixed: [(&str, FixedPart); 7] = [
         ("formatting", formatting),
         ("clippy", clippy),
         ("clippy, portable core", clippy_portable),

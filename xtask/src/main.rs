@@ -13,6 +13,7 @@ mod cache;
 mod ci;
 mod command;
 mod deb;
+mod emulator;
 mod failure;
 mod images;
 mod kernel;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::command;
+use crate::emulator::Emulator;
 use crate::images::Image;
 use anyhow::Context;
 use anyhow::Result;
@@ -28,15 +29,13 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 use std::time::Instant;
 
-/// Packages of this machine that the rig needs.
-pub(crate) const PACKAGES: &[&str] = &["qemu-system-x86"];
-
 /// Longest console line that is looked at in one piece; longer ones come in several.
 const LINE_MAX: u64 = 4 << 20;
 
 /// What a machine starts with.
 #[derive(Debug)]
 pub(crate) struct Setup<'a> {
+    pub(crate) emulator: &'a Emulator,
     pub(crate) image: &'a Image,
     /// Kernel command line.
     pub(crate) cmdline: &'a str,
@@ -168,7 +167,9 @@ pub(crate) fn interruption() -> Result<Arc<AtomicBool>> {
 fn qemu(setup: &Setup<'_>) -> Command {
     // setpriv: should this program be killed, the kernel ends QEMU as well.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    command.args(["--pdeathsig", "KILL", "--"]);
+    command.args(setup.emulator.command_line());
+    command.env("QEMU_MODULE_DIR", setup.emulator.modules());
     // A TCG thread for each CPU. With one thread for both QEMU switches between them by an exit
     // request, and such a request between the injection of an interrupt into L2 and L2's next exit
     // delivers the interrupt once more, whatever L2's IF is (docs/spec/vfio-rig.md, section 1).

@@ -10,10 +10,10 @@ mod outcome;
 pub(crate) mod scenarios;
 mod shell;
 
-use crate::apt;
 use crate::binaries;
 use crate::binaries::Binaries;
 use crate::cache::Cache;
+use crate::emulator::Emulator;
 use crate::failure::Failure;
 use crate::images;
 use crate::images::Image;
@@ -218,11 +218,6 @@ pub(crate) fn prepare_all() -> Result<()> {
     Prepared::new(&families).map(drop)
 }
 
-/// Installs what the rig needs of this machine.
-pub(crate) fn install_packages() -> Result<()> {
-    apt::install(machine::PACKAGES)
-}
-
 /// Boots L1 and looks whether it has a KVM.
 pub(crate) fn check_host(limits: Limits) -> Result<()> {
     let prepared = Prepared::new(&[])?;
@@ -240,6 +235,7 @@ struct Watch<'a> {
 /// What scenarios share: static binaries, and kernels with their archives.
 struct Prepared {
     cache: Cache,
+    emulator: Emulator,
     binaries: Binaries,
     rig: Kernel,
     guests: Vec<(&'static str, Image)>,
@@ -260,8 +256,9 @@ impl Prepared {
     }
 
     fn new(families: &[&str]) -> Result<Self> {
-        install_packages()?;
         let cache = Cache::open()?;
+        let emulator = Emulator::fetch(&cache)?;
+        eprintln!("emulator: QEMU {}", emulator.version());
         let binaries = binaries::build()?;
         let rig = kernel::fetch(&cache, &FAMILIES[0])?;
         let mut guests = Vec::new();
@@ -275,6 +272,7 @@ impl Prepared {
         }
         Ok(Self {
             cache,
+            emulator,
             binaries,
             rig,
             guests,
@@ -361,6 +359,7 @@ impl Prepared {
         let name = &scenario.name;
         eprintln!("{name}: booting L1 ({})", self.rig.release);
         let setup = Setup {
+            emulator: &self.emulator,
             image: &image,
             cmdline: CMDLINE,
             share: &share,

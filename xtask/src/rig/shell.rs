@@ -42,6 +42,7 @@ pub(crate) fn run(prepared: &Prepared, command: &str, files: &[PathBuf], scale: 
     fs::write(share.join("command.sh"), format!("{command}\n"))?;
     let interrupted = interruption()?;
     let mut machine = Machine::start(&Setup {
+        emulator: &prepared.emulator,
         image: &image,
         cmdline: "console=ttyS0 quiet loglevel=4 panic=-1",
         share: &share,
