@@ -56,8 +56,6 @@ fn parts(options: &Options) -> Vec<Part<'_>> {
         parts.push((name.into(), Box::new(part)));
     }
     let limits = options.limits;
-    let check = move || rig::check_host(limits);
-    parts.push(("rig: KVM in L1".into(), Box::new(check)));
     let entries = scenarios::all().into_iter();
     let selected: Vec<_> = entries
         .filter(|entry| entry.required || options.full)

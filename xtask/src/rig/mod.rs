@@ -179,7 +179,7 @@ fn list() -> String {
 /// Times that continuous integration starts a scenario before it counts as failed. The emulated
 /// machine below can break a guest (docs/testing.md, "What the emulator can break"); a defect in
 /// what is tested shows each time.
-const ATTEMPTS: u32 = 3;
+const ATTEMPTS: u32 = 2;
 
 /// Runs scenarios for continuous integration; prints a table for each round.
 pub(crate) fn run_scenarios(selected: &[Scenario], limits: Limits) -> Result<()> {
@@ -216,13 +216,6 @@ pub(crate) fn run_scenarios(selected: &[Scenario], limits: Limits) -> Result<()>
 pub(crate) fn prepare_all() -> Result<()> {
     let families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
     Prepared::new(&families).map(drop)
-}
-
-/// Boots L1 and looks whether it has a KVM.
-pub(crate) fn check_host(limits: Limits) -> Result<()> {
-    let prepared = Prepared::new(&[])?;
-    let command = "test -c /dev/kvm && cat /sys/module/kvm_amd/parameters/npt";
-    shell::run(&prepared, command, &[], limits.timeout_scale)
 }
 
 /// How a scenario is watched.

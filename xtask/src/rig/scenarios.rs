@@ -52,19 +52,17 @@ pub(crate) fn families(scenario: &Scenario) -> Vec<&str> {
 
 /// All scenarios.
 pub(crate) fn all() -> Vec<Entry> {
-    // Not seen to pass often enough yet to be required of each change (docs/testing.md, "What the
-    // emulator can break").
-    let optional = |scenario| Entry {
+    let required = |scenario| Entry {
         scenario,
-        required: false,
+        required: true,
     };
     vec![
-        optional(linux("linux-7")),
-        optional(linux("linux-6.12")),
-        optional(linux("linux-6.1")),
-        optional(two_buses("linux-7")),
-        optional(reboot("linux-7")),
-        optional(rebind("linux-7")),
+        required(linux("linux-7")),
+        required(linux("linux-6.12")),
+        required(linux("linux-6.1")),
+        required(two_buses("linux-7")),
+        required(reboot("linux-7")),
+        required(rebind("linux-7")),
     ]
 }
 
