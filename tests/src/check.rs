@@ -2,13 +2,23 @@
 #![forbid(unsafe_code)]
 
 use std::fmt::{Debug, Display};
+use std::sync::Arc;
 
-use crate::bed::{Bed, BedKind, BootError, Machine};
+use crate::bed::{Bed, BedKind, BootError};
 use crate::guest::Fault;
 use crate::host::{HostError, Setup};
+use crate::model::vm::Vm;
+use crate::trace::{Event, Trace};
 
 /// What a check does: it succeeds, or says why not.
 pub type Verdict = Result<(), Failure>;
+
+/// Every bed.
+pub const ALL_BEDS: &[BedKind] = BedKind::ALL;
+/// Only the bed where nothing happens by itself.
+pub const SIM: &[BedKind] = &[BedKind::Sim];
+/// Only beds with a real CPU.
+pub const REAL: &[BedKind] = &[BedKind::Kvm];
 
 /// One check.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +32,37 @@ pub struct Check {
     /// Beds that it can run on.
     pub beds: &'static [BedKind],
     /// The check itself.
-    pub run: fn(&Context<'_>) -> Verdict,
+    pub run: fn(&Context) -> Verdict,
+}
+
+impl Check {
+    /// A check that runs on every bed.
+    pub const fn new(
+        name: &'static str,
+        statement: &'static str,
+        rows: &'static [&'static str],
+        run: fn(&Context) -> Verdict,
+    ) -> Self {
+        Self {
+            name,
+            statement,
+            rows,
+            beds: ALL_BEDS,
+            run,
+        }
+    }
+
+    /// The same on these beds only.
+    #[must_use]
+    pub const fn on(mut self, beds: &'static [BedKind]) -> Self {
+        self.beds = beds;
+        self
+    }
+
+    /// The part of the name before the first dot.
+    pub fn area(&self) -> &'static str {
+        self.name.split('.').next().unwrap_or(self.name)
+    }
 }
 
 /// Why a check did not pass.
@@ -41,12 +81,37 @@ pub enum Failure {
     /// The guest took an exception where none was expected, or the bed broke.
     #[error("unexpected: {0}")]
     Fault(#[from] Fault),
-    /// The operator's request failed.
+    /// The operator's request failed, or the check itself asked for the impossible.
     #[error("the host: {0}")]
     Host(String),
     /// The check cannot be made here; it counts as skipped.
-    #[error("skipped: {0}")]
+    #[error("{0}")]
     Skip(String),
+}
+
+impl Failure {
+    /// The same failure in the course of something: what was being done when it came up.
+    #[must_use]
+    pub fn during(self, course: impl Display) -> Self {
+        match self {
+            Self::Unmet {
+                what,
+                expected,
+                got,
+            } => Self::Unmet {
+                what: format!("{course}: {what}"),
+                expected,
+                got,
+            },
+            Self::Fault(fault) => Self::Unmet {
+                what: course.to_string(),
+                expected: "no fault".into(),
+                got: fault.to_string(),
+            },
+            Self::Host(text) => Self::Host(format!("{course}: {text}")),
+            skip @ Self::Skip(_) => skip,
+        }
+    }
 }
 
 impl From<HostError> for Failure {
@@ -83,24 +148,95 @@ pub fn equal<T: PartialEq + Debug>(what: impl Display, got: T, want: T) -> Verdi
     })
 }
 
-/// What a check works with.
-#[derive(Debug)]
-pub struct Context<'a> {
-    bed: &'a dyn Bed,
+/// Demands that something holds.
+///
+/// # Errors
+///
+/// [`Failure::Unmet`].
+pub fn holds(what: impl Display, condition: bool) -> Verdict {
+    if condition {
+        return Ok(());
+    }
+    Err(Failure::Unmet {
+        what: what.to_string(),
+        expected: "that this holds".into(),
+        got: "that it does not".into(),
+    })
 }
 
-impl<'a> Context<'a> {
+/// Demands a #GP.
+///
+/// # Errors
+///
+/// [`Failure::Unmet`].
+pub fn is_gp<T: Debug>(what: impl Display, result: Result<T, Fault>) -> Verdict {
+    faulted(what, result, "#GP(0)", Fault::is_gp)
+}
+
+/// Demands a #UD.
+///
+/// # Errors
+///
+/// [`Failure::Unmet`].
+pub fn is_ud<T: Debug>(what: impl Display, result: Result<T, Fault>) -> Verdict {
+    faulted(what, result, "#UD", Fault::is_ud)
+}
+
+fn faulted<T: Debug>(
+    what: impl Display,
+    result: Result<T, Fault>,
+    expected: &str,
+    is_it: impl Fn(&Fault) -> bool,
+) -> Verdict {
+    let got = match result {
+        Err(fault) if is_it(&fault) => return Ok(()),
+        Err(fault) => fault.to_string(),
+        Ok(value) => format!("no fault: {value:#x?}"),
+    };
+    Err(Failure::Unmet {
+        what: what.to_string(),
+        expected: expected.into(),
+        got,
+    })
+}
+
+/// What a check works with.
+#[derive(Debug)]
+pub struct Context {
+    bed: Arc<dyn Bed>,
+    trace: Arc<Trace>,
+}
+
+impl Context {
     /// A context on a bed.
-    pub fn new(bed: &'a dyn Bed) -> Self {
-        Self { bed }
+    pub fn new(bed: Arc<dyn Bed>, trace: Arc<Trace>) -> Self {
+        Self { bed, trace }
     }
 
-    /// Makes a VM.
+    /// The bed's kind.
+    pub fn bed(&self) -> BedKind {
+        self.bed.kind()
+    }
+
+    /// Makes a machine.
     ///
     /// # Errors
     ///
     /// [`Failure`].
-    pub fn boot(&self, setup: &Setup) -> Result<Machine, Failure> {
-        Ok(self.bed.boot(setup)?)
+    pub fn machine(&self, setup: &Setup) -> Result<Vm, Failure> {
+        let note = format!("a machine with {} VPs", setup.vps);
+        self.trace.add(&Event::Note(note));
+        let machine = self.bed.boot(setup)?;
+        let (kind, trace) = (self.bed.kind(), self.trace.clone());
+        Ok(Vm::new(kind, machine, setup.clone(), trace))
+    }
+
+    /// Makes the usual machine: two VPs, one bus with one `testdev`.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`].
+    pub fn usual(&self) -> Result<Vm, Failure> {
+        self.machine(&Setup::default())
     }
 }

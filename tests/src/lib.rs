@@ -4,11 +4,23 @@
 //! |---|---|
 //! | [`guest`] | what a guest's CPU can do, as one trait |
 //! | [`host`] | what a VM is made of, and what its operator can do |
-//! | [`bed`] | where a guest runs |
-//! | [`check`] | a check, its verdict, and how it fails |
+//! | [`bed`], [`beds`] | where a guest runs: `sim` without any CPU, and real ones |
+//! | [`model`] | a guest on that trait: kernel, VMBus, bus and device drivers |
+//! | [`check`], [`checks`] | a check, its verdict, how it fails; all of them, by area |
+//! | [`runner`], [`report`] | runs checks and keeps the results; the formats of a report |
+//! | [`trace`], [`decode`] | what was exchanged last, in words |
+//! | [`rows`] | which row of docs/spec has which checks |
 #![deny(unsafe_code)]
 
 pub mod bed;
+pub mod beds;
 pub mod check;
+pub mod checks;
+pub mod decode;
 pub mod guest;
 pub mod host;
+pub mod model;
+pub mod report;
+pub mod rows;
+pub mod runner;
+pub mod trace;
