@@ -168,9 +168,13 @@ mod tests {
     use crate::beds::sim::Sim;
     use crate::check::{REAL, equal};
 
-    fn outcome(check: &'static Check) -> Outcome {
+    fn outcome_within(limit: Duration, check: &'static Check) -> Outcome {
         let bed: Arc<dyn Bed> = Arc::new(Sim);
-        run_one(&bed, check, Duration::from_millis(200)).outcome
+        run_one(&bed, check, limit).outcome
+    }
+
+    fn outcome(check: &'static Check) -> Outcome {
+        outcome_within(TIME_LIMIT, check)
     }
 
     fn failed(check: &'static Check) -> (String, Vec<String>) {
@@ -203,7 +207,11 @@ mod tests {
             thread::sleep(Duration::from_secs(5));
             Ok(())
         });
-        assert!(failed(&CHECK).0.starts_with("no end within"));
+        let outcome = outcome_within(Duration::from_millis(50), &CHECK);
+        let Outcome::Failed { reason, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert!(reason.starts_with("no end within"), "{reason}");
     }
 
     #[test]
