@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use regex::Regex;
 
 use crate::size::parse_memory;
 
@@ -34,6 +35,55 @@ pub(crate) enum Command {
     ///
     /// Exit status: 0 guests can run here, 3 they cannot.
     Doctor(DoctorArgs),
+    /// Check that this host shows its guests what the specifications say.
+    ///
+    /// Exit status: 0 all checks passed, 1 one failed, 2 the command line asks for something
+    /// impossible, 3 the bed is missing here.
+    Conformance(ConformanceArgs),
+}
+
+/// Options of `conformance`.
+#[derive(Debug, Args)]
+pub(crate) struct ConformanceArgs {
+    /// Where the guest runs.
+    #[arg(long, value_enum, value_name = "BED", default_value_t = BedChoice::Auto)]
+    pub(crate) bed: BedChoice,
+    /// Only the checks whose name matches this regular expression.
+    #[arg(long, value_name = "RE")]
+    pub(crate) filter: Option<Regex>,
+    /// List the checks instead of running them.
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Form of the report.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = ReportFormat::Text)]
+    pub(crate) format: ReportFormat,
+    /// Write the report to this file instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+/// Where a conformance run takes place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BedChoice {
+    /// The best one that there is: `kvm`, else `sim`.
+    Auto,
+    /// In this process, without any CPU.
+    Sim,
+    /// On virtual CPUs of KVM.
+    Kvm,
+}
+
+/// Form of a conformance report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReportFormat {
+    /// For people.
+    Text,
+    /// Test Anything Protocol.
+    Tap,
+    /// JUnit XML.
+    Junit,
+    /// JSON.
+    Json,
 }
 
 /// Options of `doctor`.
@@ -140,6 +190,9 @@ mod tests {
             ("run --kernel k --bogus", "'--bogus'"),
             ("run --kernel k extra", "'extra'"),
             ("doctor --bogus", "'--bogus'"),
+            ("conformance --bed moon", "'--bed <BED>'"),
+            ("conformance --filter (", "'--filter <RE>'"),
+            ("conformance --format xml", "'--format <FORMAT>'"),
             ("jump", "'jump'"),
         ] {
             let line = refusal(args);

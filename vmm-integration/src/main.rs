@@ -5,6 +5,7 @@
 
 mod acpi;
 mod cli;
+mod conformance;
 mod console;
 mod control;
 mod counters;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
     };
     let args = match cli.command {
         Command::Run(args) => args,
+        Command::Conformance(args) => return ExitCode::from(conformance::conformance(&args)),
         Command::Doctor(args) => return ExitCode::from(doctor::doctor(&args)),
     };
     match run::run(args) {
