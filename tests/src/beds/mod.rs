@@ -1,6 +1,7 @@
 //! The beds.
-#![forbid(unsafe_code)]
 
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod sim;
 pub mod workers;
 
@@ -8,10 +9,13 @@ use std::sync::Arc;
 
 use crate::bed::{Bed, BedKind};
 
-/// The bed of a kind.
+/// The bed of a kind, unless it was left out of this build.
 pub fn bed(kind: BedKind) -> Option<Arc<dyn Bed>> {
     match kind {
         BedKind::Sim => Some(Arc::new(sim::Sim)),
+        #[cfg(feature = "kvm")]
+        BedKind::Kvm => Some(Arc::new(kvm::KvmBed::default())),
+        #[cfg(not(feature = "kvm"))]
         BedKind::Kvm => None,
     }
 }
