@@ -30,7 +30,7 @@ use crate::mem::GuestRam;
 use crate::msr::{GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
 use crate::synic::SynicPort;
 use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
-use crate::vmbus::{OfferError, VmBus, VmBusConfig, VmBusCounters};
+use crate::vmbus::{ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
 use crate::vmm::{Clock, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
 use crate::vpci::function::PciFunction;
@@ -148,8 +148,16 @@ pub struct Partition {
     calls: Dispatcher,
     mmio: Arc<MmioSpace>,
     registry: Arc<DeviceRegistry>,
-    /// Buses in the order in which they were plugged in. Held while plugging and resetting only.
-    buses: Mutex<Vec<Arc<Bus>>>,
+    /// Buses in the order in which they were plugged in. Held while plugging, removing and
+    /// resetting only.
+    buses: Mutex<Vec<Plugged>>,
+}
+
+/// A bus that is plugged in.
+#[derive(Debug)]
+struct Plugged {
+    bus: Arc<Bus>,
+    channel: ChannelId,
 }
 
 impl Partition {
@@ -288,12 +296,34 @@ impl Partition {
         let bus = Bus::new(config, spec.functions, host, &*self.host.workers)?;
         // Registered before the offer: the guest may retarget as soon as it knows the bus.
         self.registry.insert(&bus)?;
-        if let Err(error) = self.vmbus.offer(bus.clone()) {
-            self.registry.remove(&bus);
-            return Err(error.into());
+        match self.vmbus.offer(bus.clone()) {
+            Ok(channel) => buses.push(Plugged { bus, channel }),
+            Err(error) => {
+                self.registry.remove(&bus);
+                return Err(error.into());
+            }
         }
-        buses.push(bus);
         Ok(())
+    }
+
+    /// Takes a bus away at once, with all its functions (surprise removal). When this returns their
+    /// DMA is drained and none will come, they raise no interrupt, the guest reads all ones from
+    /// them, and hypercalls do not know them. The guest is told by a rescinded offer; its instance
+    /// GUID can be plugged in again when the guest has released the channel
+    /// (docs/spec/vpci.md, section 8).
+    ///
+    /// False if no such bus is plugged in. Must not be called from a device's callback.
+    pub fn remove(&self, instance: &Uuid) -> bool {
+        let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = |plugged: &Plugged| plugged.bus.config().instance == *instance;
+        let Some(index) = buses.iter().position(is_it) else {
+            return false;
+        };
+        let Plugged { bus, channel } = buses.remove(index);
+        self.registry.remove(&bus);
+        bus.remove();
+        self.vmbus.revoke(channel);
+        true
     }
 
     /// The VM is being reset: connection, domains, devices and registers go back to their
@@ -301,8 +331,8 @@ impl Partition {
     pub fn reset(&self) {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
         self.vmbus.reset();
-        for bus in &*buses {
-            bus.reset();
+        for plugged in &*buses {
+            plugged.bus.reset();
         }
         self.synic.reset();
         self.msrs.reset();
@@ -311,7 +341,7 @@ impl Partition {
     /// What is plugged in, with its interrupt and DMA counts, in order of plugging.
     pub fn buses(&self) -> Vec<BusReport> {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
-        buses.iter().map(|bus| bus.report()).collect()
+        buses.iter().map(|plugged| plugged.bus.report()).collect()
     }
 
     /// Counts since the partition was created.

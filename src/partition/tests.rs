@@ -578,6 +578,42 @@ fn a_reset_returns_everything_to_power_on() {
 }
 
 #[test]
+fn a_removed_bus_is_gone_at_once_and_comes_back_when_the_guest_let_go() {
+    let (mut guest, relid) = main_job(0x5_0003, 0x1_0004);
+    let message = guest.create_interrupt(0x1_0004);
+    assert!(guest.partition.remove(&INSTANCE));
+    assert!(!guest.partition.remove(&INSTANCE), "only once");
+    // The VMBus interrupt of the rescinded offer, nothing of the device.
+    assert_eq!(guest.copy(7), [Msi::fixed(0, 0xf3)]);
+    assert_eq!(guest.copied(), [0; 64]);
+    assert_eq!(guest.config(0), 0xffff_ffff);
+    assert_eq!(guest.read::<4>(LOW_BAR), 0xffff_ffff);
+    assert_eq!(guest.retarget(message, 0x52, 0), 0x57);
+    let rescind = guest.expect_message(2);
+    assert_eq!(word(&rescind, 8), relid);
+    let plug = |guest: &Guest| {
+        let device = TestDevice::new(9, &*guest.host).unwrap();
+        let functions: Vec<(u8, Arc<dyn PciFunction>)> = vec![(0, device)];
+        let instance = INSTANCE;
+        guest.partition.plug(BusSpec {
+            instance,
+            functions,
+        })
+    };
+    assert!(matches!(plug(&guest), Err(PlugError::Offer(_))));
+    guest.rings = None;
+    assert_eq!(
+        guest.post(1, &[13, 0, 0, 0, 0, 0, 0, 0, relid as u8, 0, 0, 0]),
+        0
+    );
+    guest.host.run();
+    plug(&guest).unwrap();
+    guest.host.run();
+    guest.expect_message(1);
+    assert_eq!(guest.partition.buses()[0].functions[0].live_messages, 0);
+}
+
+#[test]
 fn functions_with_one_logical_id_are_refused_by_name() {
     let guest = Guest::new();
     let device = TestDevice::new(2, &*guest.host).unwrap();

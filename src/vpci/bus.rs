@@ -143,6 +143,8 @@ pub(super) struct Channel {
     open: Option<Open>,
     pub(super) protocol: Protocol,
     corrupt_rings: u64,
+    /// The bus was taken away; it is never opened again.
+    removed: bool,
 }
 
 /// A vPCI bus.
@@ -248,6 +250,15 @@ impl Bus {
         for slot in self.core.functions() {
             slot.interrupts.reset_counters();
         }
+    }
+
+    /// Takes the functions away from the guest at once, whatever it is doing (surprise removal,
+    /// docs/spec/vpci.md#VP-8-02). When this returns no DMA of theirs is under way or to come, no
+    /// interrupt is raised, config window and BARs read all ones, and the ring is not read any
+    /// more; for good. The caller revokes the offer.
+    pub fn remove(&self) {
+        lock(&self.channel).removed = true;
+        self.close();
     }
 
     /// State for people and tests.
@@ -412,7 +423,7 @@ impl ChannelDevice for Bus {
 
     fn open(&self, opened: OpenedChannel) -> Result<(), OpenError> {
         let mut channel = lock(&self.channel);
-        if channel.open.is_some() {
+        if channel.open.is_some() || channel.removed {
             return Err(OpenError::NotReady);
         }
         channel.open = Some(Open::new(opened)?);
