@@ -143,9 +143,30 @@ pub fn equal<T: PartialEq + Debug>(what: impl Display, got: T, want: T) -> Verdi
     }
     Err(Failure::Unmet {
         what: what.to_string(),
-        expected: format!("{want:#x?}"),
-        got: format!("{got:#x?}"),
+        expected: shown(&want),
+        got: shown(&got),
     })
+}
+
+/// Characters of a value that are shown.
+const SHOWN: usize = 400;
+
+/// A value on one line, its numbers in hexadecimal with their prefix.
+fn shown(value: &impl Debug) -> String {
+    let pretty = format!("{value:#x?}");
+    let mut line = String::new();
+    for piece in pretty.lines().map(str::trim) {
+        if line.ends_with(',') && piece.starts_with([')', ']', '}']) {
+            line.pop();
+        } else if line.ends_with([',', '{']) {
+            line.push(' ');
+        }
+        line += piece;
+    }
+    match line.char_indices().nth(SHOWN) {
+        Some((cut, _)) => format!("{} ...", &line[..cut]),
+        None => line,
+    }
 }
 
 /// Demands that something holds.
@@ -238,5 +259,44 @@ impl Context {
     /// [`Failure`].
     pub fn usual(&self) -> Result<Vm, Failure> {
         self.machine(&Setup::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unmet(verdict: Verdict) -> String {
+        verdict.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn values_are_shown_on_one_line_and_cut() {
+        let text = unmet(equal("x", Some((1, vec![16, 17])), None));
+        assert_eq!(text, "x: expected None, got Some((0x1, [0x10, 0x11]))");
+        let text = unmet(equal("x", vec![0; 4096], vec![]));
+        assert!(text.len() < 450 && text.ends_with(" ..."), "{text}");
+    }
+
+    #[test]
+    fn a_course_is_named_and_a_skip_stays_one() {
+        let failure = equal("x", 1, 2).unwrap_err().during("version 3");
+        assert_eq!(failure.to_string(), "version 3: x: expected 0x2, got 0x1");
+        let skip = Failure::Skip("no".into());
+        assert_eq!(skip.clone().during("y"), skip);
+    }
+
+    #[test]
+    fn only_the_right_exception_is_the_expected_one() {
+        let gp = Fault::Exception {
+            vector: 13,
+            error_code: Some(0),
+            address: 1,
+        };
+        assert_eq!(is_gp::<()>("x", Err(gp.clone())), Ok(()));
+        assert!(unmet(is_ud::<()>("x", Err(gp))).contains("expected #UD, got exception #GP"));
+        assert!(unmet(is_gp("x", Ok(5))).contains("no fault: 0x5"));
+        let host = Fault::Host("gone".into());
+        assert!(is_gp::<()>("x", Err(host)).is_err());
     }
 }

@@ -12,9 +12,15 @@ use crate::check::Check;
 pub mod discovery;
 pub mod hypercall;
 pub mod journey;
+pub mod synic;
 
 /// Areas in the order in which they run: from the bottom up.
-pub const AREAS: &[&[&[Check]]] = &[&discovery::CHECKS, &hypercall::CHECKS, &journey::CHECKS];
+pub const AREAS: &[&[&[Check]]] = &[
+    &discovery::CHECKS,
+    &hypercall::CHECKS,
+    &synic::CHECKS,
+    &journey::CHECKS,
+];
 
 /// All checks.
 pub fn all() -> impl Iterator<Item = &'static Check> {
@@ -44,6 +50,17 @@ mod tests {
             assert!(check.statement.ends_with('.'), "{name}: no sentence");
             assert!(!check.rows.is_empty(), "{name}: no rows");
             assert!(!check.beds.is_empty(), "{name}: no bed");
+        }
+    }
+
+    #[test]
+    fn every_file_here_is_an_area_with_checks() {
+        let areas: BTreeSet<_> = all().map(Check::area).collect();
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/checks");
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_str().unwrap();
+            assert!(name == "mod" || areas.contains(name), "{name}");
         }
     }
 }
