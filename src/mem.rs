@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
-    GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory,
+    GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory,
+    VolatileSlice,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -62,6 +63,14 @@ impl GuestRam {
         self.map.memory()
     }
 
+    /// The map as it is now, for several accesses in a row: looking it up costs more than a short
+    /// copy. Not to be kept: RAM that the VMM takes out meanwhile stays mapped for that long.
+    pub(crate) fn view(&self) -> RamView {
+        RamView {
+            map: self.map.memory(),
+        }
+    }
+
     /// True if every byte of `gpa..gpa + len` is RAM. An empty range is RAM where its first byte
     /// would be.
     pub fn is_ram(&self, gpa: u64, len: u64) -> bool {
@@ -86,11 +95,7 @@ impl GuestRam {
     ///
     /// [`MemError::NotRam`] if part of the range is not RAM; `buf` is unchanged then.
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
-        let len = buf.len() as u64;
-        let map = self.map.memory();
-        check(&map, gpa, len)?;
-        map.read_slice(buf, GuestAddress(gpa))
-            .map_err(|_| MemError::NotRam { gpa, len })
+        self.view().read(gpa, buf)
     }
 
     /// Copies `buf` to guest RAM at `gpa`.
@@ -99,11 +104,7 @@ impl GuestRam {
     ///
     /// [`MemError::NotRam`] if part of the range is not RAM; guest memory is unchanged then.
     pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
-        let len = buf.len() as u64;
-        let map = self.map.memory();
-        check(&map, gpa, len)?;
-        map.write_slice(buf, GuestAddress(gpa))
-            .map_err(|_| MemError::NotRam { gpa, len })
+        self.view().write(gpa, buf)
     }
 
     /// Copies a wire structure out of guest RAM.
@@ -200,8 +201,8 @@ impl GuestRam {
     }
 
     fn with_u32<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU32) -> R) -> Result<R, MemError> {
-        let map = self.map.memory();
-        let slice = word(&map, gpa, 4)?;
+        let view = self.view();
+        let slice = view.word(gpa, 4)?;
         let reference = slice
             .get_atomic_ref::<AtomicU32>(0)
             .map_err(|_| MemError::Misaligned { gpa, align: 4 })?;
@@ -209,8 +210,8 @@ impl GuestRam {
     }
 
     fn with_u64<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU64) -> R) -> Result<R, MemError> {
-        let map = self.map.memory();
-        let slice = word(&map, gpa, 8)?;
+        let view = self.view();
+        let slice = view.word(gpa, 8)?;
         let reference = slice
             .get_atomic_ref::<AtomicU64>(0)
             .map_err(|_| MemError::Misaligned { gpa, align: 8 })?;
@@ -218,13 +219,96 @@ impl GuestRam {
     }
 }
 
-/// The slice of one naturally aligned word.
-fn word(map: &RamMap, gpa: u64, size: u64) -> Result<vm_memory::VolatileSlice<'_>, MemError> {
-    if !gpa.is_multiple_of(size) {
-        return Err(MemError::Misaligned { gpa, align: size });
+/// Guest RAM as it is at one moment: see [`GuestRam::view`].
+#[derive(Debug)]
+pub(crate) struct RamView {
+    map: GuestMemoryLoadGuard<RamMap>,
+}
+
+impl RamView {
+    /// As [`GuestRam::read`].
+    pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
+        if let Some(slice) = self.slice(gpa, buf.len()) {
+            slice.copy_to(buf);
+            return Ok(());
+        }
+        let len = buf.len() as u64;
+        check(&self.map, gpa, len)?;
+        self.map
+            .read_slice(buf, GuestAddress(gpa))
+            .map_err(|_| MemError::NotRam { gpa, len })
     }
-    map.get_slice(GuestAddress(gpa), size as usize)
-        .map_err(|_| MemError::NotRam { gpa, len: size })
+
+    /// As [`GuestRam::write`].
+    pub(crate) fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
+        if let Some(slice) = self.slice(gpa, buf.len()) {
+            slice.copy_from(buf);
+            return Ok(());
+        }
+        let len = buf.len() as u64;
+        check(&self.map, gpa, len)?;
+        self.map
+            .write_slice(buf, GuestAddress(gpa))
+            .map_err(|_| MemError::NotRam { gpa, len })
+    }
+
+    /// The memory of one page, for words that synchronise with the guest.
+    pub(crate) fn page(&self, gpa: u64) -> Result<RamPage<'_>, MemError> {
+        let len = PAGE_SIZE;
+        let slice = self.slice(gpa, len as usize);
+        let slice = slice.ok_or(MemError::NotRam { gpa, len })?;
+        Ok(RamPage { gpa, slice })
+    }
+
+    /// A range that lies in one region; `None` says nothing about other ranges.
+    fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let region = self.map.find_region(GuestAddress(gpa))?;
+        let offset = MemoryRegionAddress(gpa - region.start_addr().0);
+        region.get_slice(offset, len).ok()
+    }
+
+    /// The slice of one naturally aligned word.
+    fn word(&self, gpa: u64, size: u64) -> Result<VolatileSlice<'_>, MemError> {
+        if !gpa.is_multiple_of(size) {
+            return Err(MemError::Misaligned { gpa, align: size });
+        }
+        self.slice(gpa, size as usize)
+            .ok_or(MemError::NotRam { gpa, len: size })
+    }
+}
+
+/// A page of RAM whose place is known: see [`RamView::page`].
+#[derive(Debug)]
+pub(crate) struct RamPage<'a> {
+    gpa: u64,
+    slice: VolatileSlice<'a>,
+}
+
+impl RamPage<'_> {
+    /// Loads the 32-bit word at `offset`.
+    pub(crate) fn load_u32(&self, offset: u64, order: Ordering) -> Result<u32, MemError> {
+        Ok(self.u32(offset)?.load(order))
+    }
+
+    /// Stores the 32-bit word at `offset`.
+    pub(crate) fn store_u32(
+        &self,
+        offset: u64,
+        value: u32,
+        order: Ordering,
+    ) -> Result<(), MemError> {
+        self.u32(offset)?.store(value, order);
+        Ok(())
+    }
+
+    fn u32(&self, offset: u64) -> Result<&AtomicU32, MemError> {
+        let error = MemError::Misaligned {
+            gpa: self.gpa + offset,
+            align: 4,
+        };
+        let word = self.slice.get_atomic_ref(offset as usize);
+        word.map_err(|_| error)
+    }
 }
 
 /// Checks that a whole range is RAM; regions may adjoin.

@@ -58,6 +58,8 @@ pub fn answer(
 /// Registers of a vCPU that stopped at the OUT of the hypercall page.
 struct Registers<'a> {
     vcpu: &'a mut VcpuFd,
+    /// As the guest left them.
+    regs: kvm_regs,
     cpl: u8,
     long_mode: bool,
 }
@@ -74,17 +76,15 @@ impl<'a> Registers<'a> {
         if io.size != OUT_SIZE || io.count != 1 {
             return None;
         }
-        let sregs = &vcpu.sync_regs_mut().sregs;
-        let (cpl, long_mode) = (sregs.ss.dpl, is_long_mode(sregs));
+        let shared = vcpu.sync_regs_mut();
+        let (cpl, long_mode) = (shared.sregs.ss.dpl, is_long_mode(&shared.sregs));
+        let regs = shared.regs;
         Some(Self {
             vcpu,
+            regs,
             cpl,
             long_mode,
         })
-    }
-
-    fn regs(&self) -> kvm_regs {
-        self.vcpu.sync_regs().regs
     }
 
     fn complete(&mut self, result: u64) {
@@ -116,15 +116,15 @@ impl CallRegisters for Registers<'_> {
     }
 
     fn control(&self) -> u64 {
-        control(&self.regs(), self.long_mode)
+        control(&self.regs, self.long_mode)
     }
 
     fn input(&self) -> u64 {
-        input(&self.regs(), self.long_mode)
+        input(&self.regs, self.long_mode)
     }
 
     fn output(&self) -> u64 {
-        output(&self.regs(), self.long_mode)
+        output(&self.regs, self.long_mode)
     }
 
     fn xmm(&mut self) -> Option<XmmBlock> {

@@ -185,7 +185,11 @@ impl ConfigSpace {
             _ => self.load(index),
         };
         let bytes = (value >> shift).to_le_bytes();
-        data.copy_from_slice(&bytes[..data.len()]);
+        match data {
+            // By far the most frequent, and no call to copy it.
+            [a, b, c, d] => [*a, *b, *c, *d] = bytes,
+            _ => data.copy_from_slice(&bytes[..data.len()]),
+        }
     }
 
     /// Writes `data` (1, 2 or 4 bytes, inside one double word, else nothing). BAR writes are

@@ -14,7 +14,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::hv::vmbus::ring as wire;
-use crate::mem::{GuestRam, MemError, PAGE_SIZE};
+use crate::mem::{GuestRam, MemError, PAGE_SIZE, RamPage, RamView};
 
 #[cfg(test)]
 pub(crate) mod guest;
@@ -144,18 +144,13 @@ impl RingMemory {
         })
     }
 
-    fn load(&self, word: u64, order: Ordering) -> Result<u32, RingError> {
-        Ok(self.ram.load_u32(self.control + word, order)?)
+    /// RAM as it is now, for the accesses of one call.
+    fn view(&self) -> RamView {
+        self.ram.view()
     }
 
-    fn store(&self, word: u64, value: u32, order: Ordering) -> Result<(), RingError> {
-        Ok(self.ram.store_u32(self.control + word, value, order)?)
-    }
-
-    /// Loads an index and checks that it lies in the data area.
-    fn load_index(&self, word: u64) -> Result<u32, RingError> {
-        let index = self.load(word, Ordering::Acquire)?;
-        self.check_index(index)
+    fn control<'v>(&self, view: &'v RamView) -> Result<Control<'v>, RingError> {
+        Ok(Control(view.page(self.control)?))
     }
 
     fn check_index(&self, index: u32) -> Result<u32, RingError> {
@@ -179,24 +174,35 @@ impl RingMemory {
 
     /// The index `len` bytes behind `index`; `len` is at most the size of the data area.
     fn advance(&self, index: u32, len: u32) -> u32 {
-        (index + len) % self.size
+        let next = index + len;
+        if next < self.size {
+            next
+        } else {
+            next - self.size
+        }
+    }
+
+    /// Loads an index and checks that it lies in the data area.
+    fn load_index(&self, control: &Control<'_>, word: u64) -> Result<u32, RingError> {
+        let index = control.load(word, Ordering::Acquire)?;
+        self.check_index(index)
     }
 
     /// Copies out of the data area, wrapping at its end.
-    fn read(&self, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
+    fn read(&self, view: &RamView, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
         let mut done = 0;
         self.for_each_piece(index, buf.len(), |gpa, len| {
-            let result = self.ram.read(gpa, &mut buf[done..done + len]);
+            let result = view.read(gpa, &mut buf[done..done + len]);
             done += len;
             result
         })
     }
 
     /// Copies into the data area, wrapping at its end.
-    fn write(&self, index: u32, buf: &[u8]) -> Result<(), RingError> {
+    fn write(&self, view: &RamView, index: u32, buf: &[u8]) -> Result<(), RingError> {
         let mut done = 0;
         self.for_each_piece(index, buf.len(), |gpa, len| {
-            let result = self.ram.write(gpa, &buf[done..done + len]);
+            let result = view.write(gpa, &buf[done..done + len]);
             done += len;
             result
         })
@@ -223,6 +229,20 @@ impl RingMemory {
             at = (at + 1) % self.runs.len();
         }
         Ok(())
+    }
+}
+
+/// The control words of a ring, found for the time of one call.
+#[derive(Debug)]
+struct Control<'v>(RamPage<'v>);
+
+impl Control<'_> {
+    fn load(&self, word: u64, order: Ordering) -> Result<u32, RingError> {
+        Ok(self.0.load_u32(word, order)?)
+    }
+
+    fn store(&self, word: u64, value: u32, order: Ordering) -> Result<(), RingError> {
+        Ok(self.0.store_u32(word, value, order)?)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Fuse, RingError, RingMemory};
+use super::{Control, Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
@@ -72,9 +72,12 @@ impl RingReader {
     /// bad.
     pub fn open(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
         let memory = RingMemory::new(ram, pfns)?;
-        let next = memory.load_index(wire::READ_INDEX)?;
-        let write = memory.load_index(wire::WRITE_INDEX)?;
-        memory.store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
+        let view = memory.view();
+        let control = memory.control(&view)?;
+        let next = memory.load_index(&control, wire::READ_INDEX)?;
+        let write = memory.load_index(&control, wire::WRITE_INDEX)?;
+        control.store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
+        drop(view);
         let consumer = Consumer {
             memory,
             next,
@@ -149,8 +152,9 @@ impl RingReader {
     /// A [`RingError`] stops the ring.
     pub fn mask(&mut self) -> Result<(), RingError> {
         self.fuse.guard(|| {
-            let memory = &self.consumer.memory;
-            memory.store(wire::INTERRUPT_MASK, 1, Ordering::Release)
+            let view = self.consumer.memory.view();
+            let control = self.consumer.memory.control(&view)?;
+            control.store(wire::INTERRUPT_MASK, 1, Ordering::Release)
         })
     }
 
@@ -163,11 +167,11 @@ impl RingReader {
     pub fn unmask(&mut self) -> Result<bool, RingError> {
         self.fuse.guard(|| {
             let consumer = &mut self.consumer;
-            consumer
-                .memory
-                .store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
+            let view = consumer.memory.view();
+            let control = consumer.memory.control(&view)?;
+            control.store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
             fence(Ordering::SeqCst);
-            Ok(consumer.available()? != 0)
+            Ok(consumer.available(&control)? != 0)
         })
     }
 }
@@ -185,8 +189,8 @@ struct Consumer {
 
 impl Consumer {
     /// Loads the guest's write index and returns the bytes between the indices.
-    fn available(&mut self) -> Result<u32, RingError> {
-        let write = self.memory.load_index(wire::WRITE_INDEX)?;
+    fn available(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
+        let write = self.memory.load_index(control, wire::WRITE_INDEX)?;
         let available = self.memory.distance(self.next, write);
         if available < self.memory.distance(self.next, self.write) {
             return Err(RingError::IndexWentBack {
@@ -199,9 +203,11 @@ impl Consumer {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> Result<Option<Packet>, RingError> {
+        let view = self.memory.view();
         let mut available = self.memory.distance(self.next, self.write);
         if available == 0 {
-            available = self.available()?;
+            let control = self.memory.control(&view)?;
+            available = self.available(&control)?;
         }
         if available == 0 {
             return Ok(None);
@@ -213,7 +219,8 @@ impl Consumer {
             });
         }
         let mut descriptor = wire::PacketDescriptor::new_zeroed();
-        self.memory.read(self.next, descriptor.as_mut_bytes())?;
+        self.memory
+            .read(&view, self.next, descriptor.as_mut_bytes())?;
         let kind = check(&descriptor)?;
         let len = u32::from(descriptor.len8) * wire::ALIGN + wire::TRAILER_LEN;
         if len > available {
@@ -223,7 +230,7 @@ impl Consumer {
         let payload_len = usize::from(descriptor.len8 - descriptor.offset8) * wire::ALIGN as usize;
         let copied = payload_len.min(buf.len());
         let payload = self.memory.advance(self.next, offset);
-        self.memory.read(payload, &mut buf[..copied])?;
+        self.memory.read(&view, payload, &mut buf[..copied])?;
         self.next = self.memory.advance(self.next, len);
         Ok(Some(Packet {
             kind,
@@ -237,19 +244,19 @@ impl Consumer {
         if self.published == self.next {
             return Ok(false);
         }
-        let memory = &self.memory;
-        memory.store(wire::READ_INDEX, self.next, Ordering::Release)?;
+        let view = self.memory.view();
+        let control = self.memory.control(&view)?;
+        // The guest stores its pending size, fences and looks at our index; we store our index and
+        // then look at its pending size: one of the two sees the other.
+        control.store(wire::READ_INDEX, self.next, Ordering::SeqCst)?;
         let before = std::mem::replace(&mut self.published, self.next);
-        // The guest stores its pending size, fences and looks at our index; we store our index,
-        // fence and look at its pending size: one of the two sees the other.
-        fence(Ordering::SeqCst);
         // Free space is a multiple of 8, so the guests that ask for one byte less than they need
         // are woken at the same time as those that do not.
-        let pending = memory.load(wire::PENDING_SEND_SIZE, Ordering::Relaxed)?;
+        let pending = control.load(wire::PENDING_SEND_SIZE, Ordering::SeqCst)?;
         if pending == 0 {
             return Ok(false);
         }
-        let free = self.memory.size - self.available()?;
+        let free = self.memory.size - self.available(&control)?;
         let freed = self.memory.distance(before, self.next);
         // Less than nothing if the guest has already refilled what was freed.
         Ok(free.saturating_sub(freed) <= pending && free > pending)

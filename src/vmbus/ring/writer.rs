@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::IntoBytes;
 
-use super::{Fuse, RingError, RingMemory};
+use super::{Control, Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
@@ -52,14 +52,17 @@ impl RingWriter {
     /// bad.
     pub fn open(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
         let memory = RingMemory::new(ram, pfns)?;
-        let write = memory.load_index(wire::WRITE_INDEX)?;
-        let read = memory.load_index(wire::READ_INDEX)?;
-        memory.store(wire::PENDING_SEND_SIZE, 0, Ordering::Relaxed)?;
-        memory.store(
+        let view = memory.view();
+        let control = memory.control(&view)?;
+        let write = memory.load_index(&control, wire::WRITE_INDEX)?;
+        let read = memory.load_index(&control, wire::READ_INDEX)?;
+        control.store(wire::PENDING_SEND_SIZE, 0, Ordering::Relaxed)?;
+        control.store(
             wire::FEATURE_BITS,
             wire::FEATURE_PENDING_SEND_SIZE,
             Ordering::Release,
         )?;
+        drop(view);
         let producer = Producer {
             memory,
             write,
@@ -166,8 +169,12 @@ impl RingWriter {
     ///
     /// A [`RingError`] stops the ring.
     pub fn is_unread(&mut self) -> Result<bool, RingError> {
-        self.fuse
-            .guard(|| Ok(self.producer.load_read()? != self.producer.write))
+        let producer = &mut self.producer;
+        self.fuse.guard(|| {
+            let view = producer.memory.view();
+            let control = producer.memory.control(&view)?;
+            Ok(producer.load_read(&control)? != producer.write)
+        })
     }
 }
 
@@ -184,6 +191,10 @@ struct Producer {
     waiting: bool,
 }
 
+/// Longest packet that is put together before it is copied to the ring, in bytes: one copy of so
+/// many bytes costs less than three.
+const STAGED: usize = 128;
+
 /// Bytes in the ring of a packet with `payload_len` bytes of payload.
 fn ring_len(payload_len: usize) -> u32 {
     let payload = payload_len.next_multiple_of(wire::ALIGN as usize) as u32;
@@ -199,8 +210,8 @@ impl Producer {
 
     /// Loads the guest's read index. It only moves towards our write index, so room that was there
     /// once stays there until we use it.
-    fn load_read(&mut self) -> Result<u32, RingError> {
-        let read = self.memory.load_index(wire::READ_INDEX)?;
+    fn load_read(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
+        let read = self.memory.load_index(control, wire::READ_INDEX)?;
         let used = self.memory.distance(read, self.write);
         if used > self.memory.distance(self.read, self.write) {
             return Err(RingError::IndexWentBack {
@@ -228,27 +239,36 @@ impl Producer {
             });
         }
         let len = ring_len(payload_len);
-        if !self.fits(len) {
-            self.load_read()?;
-        }
-        if !self.fits(len) {
-            let pending = (self.reserved + len).min(self.memory.size - wire::ALIGN);
-            self.memory
-                .store(wire::PENDING_SEND_SIZE, pending, Ordering::Release)?;
-            self.waiting = true;
-            // The guest stores its index, fences and looks at the pending size; so look once more.
-            fence(Ordering::SeqCst);
-            self.load_read()?;
-        }
-        if !self.fits(len) {
+        // Most often there is room by what is known already, and nobody waits.
+        if (!self.fits(len) || self.waiting) && !self.look_for_room(len)? {
             return Ok(None);
-        }
-        if std::mem::take(&mut self.waiting) {
-            self.memory
-                .store(wire::PENDING_SEND_SIZE, 0, Ordering::Release)?;
         }
         self.reserved += len;
         Ok(Some(Reservation { len }))
+    }
+
+    /// Looks whether the guest has made room for `len` bytes, and asks it to tell if it has not.
+    fn look_for_room(&mut self, len: u32) -> Result<bool, RingError> {
+        let view = self.memory.view();
+        let control = self.memory.control(&view)?;
+        if !self.fits(len) {
+            self.load_read(&control)?;
+        }
+        if !self.fits(len) {
+            let pending = (self.reserved + len).min(self.memory.size - wire::ALIGN);
+            control.store(wire::PENDING_SEND_SIZE, pending, Ordering::Release)?;
+            self.waiting = true;
+            // The guest stores its index, fences and looks at the pending size; so look once more.
+            fence(Ordering::SeqCst);
+            self.load_read(&control)?;
+        }
+        if !self.fits(len) {
+            return Ok(false);
+        }
+        if std::mem::take(&mut self.waiting) {
+            control.store(wire::PENDING_SEND_SIZE, 0, Ordering::Release)?;
+        }
+        Ok(true)
     }
 
     fn release(&mut self, reservation: Reservation) {
@@ -281,22 +301,39 @@ impl Producer {
         };
         let start = self.write;
         let memory = &self.memory;
-        memory.write(start, descriptor.as_bytes())?;
-        let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
-        memory.write(payload_at, payload)?;
-        let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
-        let mut tail = [0; 2 * wire::ALIGN as usize];
-        let tail = &mut tail[..padding + wire::TRAILER_LEN as usize];
-        tail[padding + 4..].copy_from_slice(&start.to_le_bytes());
-        memory.write(memory.advance(payload_at, payload.len() as u32), tail)?;
+        let view = memory.view();
+        let control = memory.control(&view)?;
+        let mut packet = [0; STAGED];
+        if len as usize <= STAGED {
+            let head = wire::DESCRIPTOR_LEN as usize;
+            packet[..head].copy_from_slice(descriptor.as_bytes());
+            packet[head..head + payload.len()].copy_from_slice(payload);
+            let packet = &mut packet[..len as usize];
+            put_trailer(packet, start);
+            memory.write(&view, start, packet)?;
+        } else {
+            memory.write(&view, start, descriptor.as_bytes())?;
+            let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
+            memory.write(&view, payload_at, payload)?;
+            let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
+            let tail = &mut packet[..padding + wire::TRAILER_LEN as usize];
+            put_trailer(tail, start);
+            let tail_at = memory.advance(payload_at, payload.len() as u32);
+            memory.write(&view, tail_at, tail)?;
+        }
         self.write = memory.advance(start, len);
-        memory.store(wire::WRITE_INDEX, self.write, Ordering::Release)?;
-        // The guest unmasks, fences and looks at our index; we store our index, fence and look at
-        // its mask: one of the two sees the other.
-        fence(Ordering::SeqCst);
-        if memory.load(wire::INTERRUPT_MASK, Ordering::Relaxed)? != 0 {
+        // The guest unmasks, fences and looks at our index; we store our index and then look at its
+        // mask: one of the two sees the other.
+        control.store(wire::WRITE_INDEX, self.write, Ordering::SeqCst)?;
+        if control.load(wire::INTERRUPT_MASK, Ordering::SeqCst)? != 0 {
             return Ok(false);
         }
-        Ok(self.load_read()? == start)
+        Ok(self.load_read(&control)? == start)
     }
+}
+
+/// Ends a packet that started at index `start`.
+fn put_trailer(packet: &mut [u8], start: u32) {
+    let at = packet.len() - size_of::<u32>();
+    packet[at..].copy_from_slice(&start.to_le_bytes());
 }
