@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use uuid::Uuid;
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vm_vpci::hypercall::{CallRegisters, Outcome, XmmBlock};
 use vm_vpci::mem::{GuestRam, RamMap};
@@ -338,6 +339,13 @@ impl Host for SimVm {
             functions,
         };
         self.partition.plug(spec).map_err(|error| refused(&error))
+    }
+
+    fn remove(&self, instance: Uuid) -> Result<(), HostError> {
+        match self.partition.remove(&instance) {
+            true => Ok(()),
+            false => Err(HostError::Refused(format!("no bus {instance}"))),
+        }
     }
 
     fn reset(&self) -> Result<(), HostError> {

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::check::{Check, Context, Failure, Verdict, equal, is_ud};
-use crate::model::kernel::Kernel;
+use crate::host::BusSetup;
+use crate::model::kernel::{Kernel, VMBUS_VECTOR, status};
 use crate::model::testdev::TestDev;
 use crate::model::vm::Vm;
 use crate::model::vmbus::{self, VmBus};
@@ -32,6 +33,18 @@ const WHOLE: &[Check] = &[
         "A kernel that only unloads leaves nothing behind for the next one.",
         &["HV-10-01", "VP-9-03", "VB-2.4-01", "VB-2.4-02"],
         kexec,
+    ),
+    Check::new(
+        "journey.surprise-removal",
+        "A bus that is taken away is silent, rescinded, and back once the guest has let it go.",
+        &["VP-8-02", "VP-8-06", "VP-7.2-18", "VB-3.2-01", "VB-3.1-21"],
+        surprise_removal,
+    ),
+    Check::new(
+        "journey.hot-add",
+        "A bus that is plugged in while the guest runs is offered by itself, and works.",
+        &["VB-2.3-03", "VP-1-03"],
+        hot_add,
     ),
     Check::new(
         "journey.reset",
@@ -114,6 +127,55 @@ fn kexec(context: &Context) -> Verdict {
         bus.kernel().call(0, 0x5c, 0, 0),
     )?;
     job(&TestDev::bring_up(&vm)?)
+}
+
+fn surprise_removal(context: &Context) -> Verdict {
+    let vm = context.usual()?;
+    let device = TestDev::bring_up(&vm)?;
+    let interrupt = device.interrupt(1, 0x51, 0)?;
+    job(&device)?;
+    let (bus, instance) = (device.bus(), device.bus().channel().offer.instance);
+    vm.remove(instance)?;
+    equal("a load from the BAR", device.load(0, 4)?, 0xffff_ffff)?;
+    equal("the vendor id", bus.config(0, 0, 2)?, 0xffff)?;
+    device.raise(1)?;
+    let retarget = bus.retarget(device.slot(), interrupt.message, 0x52, 1);
+    let refused = bus.kernel().retarget(0, &retarget)?;
+    equal("status of a retarget", refused, status::INVALID_DEVICE_ID)?;
+    let relid = bus.channel().offer.relid;
+    equal(
+        "channel that is rescinded",
+        bus.vmbus().expect_rescind()?,
+        relid,
+    )?;
+    for vp in 0..vm.vps() {
+        let mut vectors = vm.take_interrupts(vp)?;
+        vectors.retain(|vector| *vector != VMBUS_VECTOR);
+        equal(format!("device interrupts of VP {vp}"), vectors, vec![])?;
+    }
+    // Linux closes, does not tear the ring's GPADL down, and releases the channel.
+    bus.vmbus().send_close(relid)?;
+    bus.vmbus().expect_silence()?;
+    bus.vmbus().release(relid)?;
+    bus.vmbus().expect_silence()?;
+    vm.plug(&BusSetup::testdev(1))?;
+    let offer = bus.vmbus().expect_offer()?;
+    equal("instance that is offered", offer.instance, instance)?;
+    let bus = Bus::probe(bus.vmbus(), &offer, vpci::VERSIONS[0])?;
+    job(&TestDev::start(&bus, 0)?)
+}
+
+fn hot_add(context: &Context) -> Verdict {
+    let vm = context.usual()?;
+    let first = TestDev::bring_up(&vm)?;
+    let added = BusSetup::testdev(2);
+    vm.plug(&added)?;
+    let vmbus = first.bus().vmbus();
+    let offer = vmbus.expect_offer()?;
+    equal("instance that is offered", offer.instance, added.instance)?;
+    let bus = Bus::probe(vmbus, &offer, vpci::VERSIONS[0])?;
+    job(&TestDev::start(&bus, 0)?)?;
+    job(&first)
 }
 
 fn reset(context: &Context) -> Verdict {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
 use vm_vpci::mem::{GuestRam, MemError};
 
 use crate::bed::{BedKind, Machine};
@@ -234,6 +235,12 @@ impl Vm {
         self.0.machine.host.settle();
     }
 
+    /// Lets one worker of the host do one bounded step, on a bed where nothing happens by itself.
+    /// False if there was nothing to do. With it a check puts what a VP does between two steps.
+    pub fn step(&self) -> bool {
+        self.0.machine.host.step()
+    }
+
     /// Resets the machine. The guest knows nothing of before, but its pages stay taken.
     ///
     /// # Errors
@@ -256,6 +263,16 @@ impl Vm {
     pub fn plug(&self, bus: &BusSetup) -> Result<(), Failure> {
         self.trace(&Event::Note(format!("bus {} is plugged in", bus.instance)));
         Ok(self.0.machine.host.plug(bus)?)
+    }
+
+    /// Takes a bus away, whether the guest agrees or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`].
+    pub fn remove(&self, instance: Uuid) -> Result<(), Failure> {
+        self.trace(&Event::Note(format!("bus {instance} is taken away")));
+        Ok(self.0.machine.host.remove(instance)?)
     }
 
     fn next_interrupt(&self, vp: u32, timeout: Duration) -> Result<Option<u8>, Fault> {

@@ -541,6 +541,15 @@ impl VmBus {
         self.send(&Bytes::words(&[message::RELID_RELEASED, 0, relid]).0)
     }
 
+    /// The RESCIND_CHANNEL_OFFER that comes next: its channel.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`] if the next message is another.
+    pub fn expect_rescind(&self) -> Result<u32, Failure> {
+        Ok(u32_at(&self.expect(message::RESCIND, 12)?, 8))
+    }
+
     /// UNLOAD, up to its response.
     ///
     /// # Errors
