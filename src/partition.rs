@@ -372,5 +372,8 @@ impl MessageCalls for Connections {
     }
 }
 
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::{PartitionState, PartitionStateError, PluggedState};

@@ -16,6 +16,7 @@ use crate::vmbus::ring::guest::{GuestRing, Received, ram};
 use crate::vmm::{MonotonicClock, Msi, Trigger, Worker};
 
 mod hostile;
+mod state;
 
 const INSTANCE: Uuid = uuid!("00000001-1234-ab78-8000-000000000000");
 const APERTURE: u64 = 0xf000_0000;
@@ -107,6 +108,7 @@ struct Guest {
     ram: GuestRam,
     host: Arc<Loop>,
     interrupts: Arc<Interrupts>,
+    device: Arc<TestDevice>,
     rings: Option<(GuestRing, GuestRing)>,
     signal: u64,
     transaction: u64,
@@ -124,7 +126,11 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 impl Guest {
     fn new() -> Self {
-        let ram = ram(256);
+        Self::over(ram(256))
+    }
+
+    /// A guest on a new partition over `ram`.
+    fn over(ram: GuestRam) -> Self {
         let host = Arc::new(Loop::default());
         let interrupts = Arc::new(Interrupts::default());
         let config = PartitionConfig {
@@ -150,7 +156,7 @@ impl Guest {
         let device = TestDevice::new(1, &*host).unwrap();
         let spec = BusSpec {
             instance: INSTANCE,
-            functions: vec![(0, device)],
+            functions: vec![(0, device.clone())],
         };
         partition.plug(spec).unwrap();
         Self {
@@ -158,6 +164,7 @@ impl Guest {
             ram,
             host,
             interrupts,
+            device,
             rings: None,
             signal: 0,
             transaction: 0,

@@ -20,8 +20,11 @@ use crate::mem::GuestRam;
 use crate::synic::{SynicError, SynicPort};
 use crate::vmm::{Trigger, Worker, WorkerHost};
 
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::{RingsState, VmBusState, VmBusStateError};
 
 /// Devices of open channels by relid: what HvSignalEvent looks up.
 type OpenDevices = Vec<Option<Arc<dyn ChannelDevice>>>;

@@ -29,7 +29,7 @@ mod gpadl;
 pub mod ring;
 pub mod server;
 
-pub use bus::VmBus;
+pub use bus::{RingsState, VmBus, VmBusState, VmBusStateError};
 pub use channel::{ChannelDevice, ChannelIdentity, ChannelSignal, OpenError, OpenedChannel};
 pub use counters::VmBusCounters;
 pub use gpadl::GpadlState;

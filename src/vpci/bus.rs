@@ -22,7 +22,7 @@ use crate::hv::vpci::{CLASS_ID, MAX_PAYLOAD_LEN, ProtocolVersion};
 use crate::hypercall::RetargetInterrupt;
 use crate::mem::GuestRam;
 use crate::vmbus::ring::{PacketKind, Reservation, RingError};
-use crate::vmbus::{ChannelDevice, ChannelIdentity, OpenError, OpenedChannel};
+use crate::vmbus::{ChannelDevice, ChannelIdentity, OpenError, OpenedChannel, RingsState};
 use crate::vmm::{Doorbells, MsiSink, Trigger, Worker, WorkerHost};
 
 /// Least room for a completion in the host-to-guest ring: that of GET_RESOURCES, with a reserve.
@@ -145,6 +145,17 @@ pub(super) struct Channel {
     corrupt_rings: u64,
     /// The bus was taken away; it is never opened again.
     removed: bool,
+}
+
+impl Channel {
+    /// The rings, while the channel is open.
+    pub(super) fn save_rings(&self) -> Option<RingsState> {
+        let rings = &self.open.as_ref()?.channel;
+        Some(RingsState {
+            reader: rings.reader.save(),
+            writer: rings.writer.save(),
+        })
+    }
 }
 
 /// A vPCI bus.

@@ -1,7 +1,7 @@
 //! Saved form of a bus.
 //!
 //! Covers what the bus emulates: protocol, config window, configuration spaces, interrupts. The
-//! channel's rings are saved by the VMBus server, a device's own state by the device.
+//! channel's rings are saved beside it, a device's own state by the device.
 #![forbid(unsafe_code)]
 
 use super::bus::Bus;
@@ -9,6 +9,7 @@ use super::interrupts::{InterruptsState, StateError};
 use super::lock;
 use super::mmio::MmioError;
 use crate::hv::vpci::ProtocolVersion;
+use crate::vmbus::RingsState;
 
 /// Version of [`BusState`].
 const VERSION: u32 = 1;
@@ -94,7 +95,14 @@ impl Bus {
         }
     }
 
-    /// Takes over a saved bus, in a VM that is paused.
+    /// The rings of the channel, while it is open. Room that was reserved for answers is not part
+    /// of it and is reserved anew.
+    pub fn save_rings(&self) -> Option<RingsState> {
+        lock(&self.channel).save_rings()
+    }
+
+    /// Takes over a saved bus, in a VM that is paused. Its channel is closed afterwards: whoever
+    /// restores VMBus opens it again.
     ///
     /// # Errors
     ///

@@ -257,8 +257,12 @@ fn after_a_storm_from_all_sides_nobody_hangs_and_a_reset_brings_the_main_job_bac
 fn a_dropped_partition_frees_its_devices_whatever_the_guest_had_mapped() {
     let (guest, _) = main_job(V5_3, V1_4);
     let Guest {
-        partition, host, ..
+        partition,
+        host,
+        device,
+        ..
     } = guest;
+    drop(device);
     let bus = &partition.buses()[0];
     assert!(bus.open && bus.window.is_some() && bus.functions[0].bars[0].is_some());
     drop(partition);

@@ -68,14 +68,29 @@ impl Server {
         let Phase::Opening(params) = channel.phase else {
             return None;
         };
-        let (to_host, to_guest) = self.unclaimed_rings(id, &params)?;
-        Some(RingPages {
-            relid: channel.relid?,
+        let rings = self.unclaimed_rings(id, &params)?;
+        Some(Self::pages(channel.relid?, &params, rings))
+    }
+
+    /// The rings of a channel that is open, for going on with a saved one.
+    pub(crate) fn open_rings(&self, id: ChannelId) -> Option<RingPages> {
+        let channel = self.channels.get(&id)?;
+        let Phase::Open(params) = channel.phase else {
+            return None;
+        };
+        let rings = self.rings_of(id, &params)?;
+        Some(Self::pages(channel.relid?, &params, rings))
+    }
+
+    fn pages(relid: u16, params: &OpenParams, rings: (Vec<u64>, Vec<u64>)) -> RingPages {
+        let (to_host, to_guest) = rings;
+        RingPages {
+            relid,
             sint: wire::SINT,
             target_vp: Some(params.target_vp).filter(|vp| *vp != wire::VP_NONE),
             to_host,
             to_guest,
-        })
+        }
     }
 
     fn open_answer(&mut self, id: ChannelId, open_id: u32, ok: bool) {

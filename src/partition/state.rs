@@ -1,0 +1,154 @@
+//! The partition as plain data, and back.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, PoisonError};
+
+use uuid::Uuid;
+
+use super::{Partition, Plugged};
+use crate::msr::{MsrError, PartitionMsrsState};
+use crate::synic::{SynicState, SynicStateError};
+use crate::vmbus::{ChannelDevice, ChannelIdentity, RingsState, VmBusState, VmBusStateError};
+use crate::vpci::bus::Bus;
+use crate::vpci::{BusState, RestoreError};
+
+/// A [`Partition`] as plain data. Guest RAM and the virtual CPUs are saved by the VMM; the state of
+/// a device by the device; counters and the reference time start anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionState {
+    /// [`PartitionState::VERSION`].
+    pub version: u32,
+    /// Synthetic MSRs but for the SynIC's. The VMM forwards `tsc_invariant` as after
+    /// [`MsrEffect::TscInvariant`](crate::msr::MsrEffect::TscInvariant).
+    pub msrs: PartitionMsrsState,
+    /// The SynIC of every VP.
+    pub synic: SynicState,
+    /// Connection, channels, and messages that were not handled yet.
+    pub vmbus: VmBusState,
+    /// Buses in the order in which they were plugged in.
+    pub buses: Vec<PluggedState>,
+}
+
+impl PartitionState {
+    /// Layout version.
+    pub const VERSION: u32 = 1;
+}
+
+/// A bus that is plugged in, as plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluggedState {
+    /// Instance GUID.
+    pub instance: Uuid,
+    /// Protocol, functions, interrupts.
+    pub bus: BusState,
+    /// Rings, while the guest has the channel open.
+    pub rings: Option<RingsState>,
+}
+
+/// Why a saved partition was refused. The partition is then as after a reset.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PartitionStateError {
+    /// A layout that this version of the library does not know.
+    #[error("partition state version {0} is not known")]
+    Version(u32),
+    /// Other buses are plugged in here.
+    #[error("the state is that of a partition with other buses")]
+    Buses,
+    /// A bus was refused.
+    #[error("bus {instance}: {source}")]
+    Bus {
+        /// Instance GUID.
+        instance: Uuid,
+        /// Why.
+        source: RestoreError,
+    },
+    /// VMBus was refused.
+    #[error(transparent)]
+    VmBus(#[from] VmBusStateError),
+    /// The SynIC was refused.
+    #[error(transparent)]
+    Synic(#[from] SynicStateError),
+    /// The MSRs were refused.
+    #[error(transparent)]
+    Msr(#[from] MsrError),
+}
+
+impl Partition {
+    /// The partition as plain data. No virtual CPU and no worker runs. What the VMBus worker owes
+    /// to devices, such as closing one, is done first.
+    pub fn save(&self) -> PartitionState {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        // First: it may open or close buses.
+        let vmbus = self.vmbus.save();
+        let plugged = buses.iter().map(|Plugged { bus, .. }| PluggedState {
+            instance: bus.config().instance,
+            bus: bus.save(),
+            rings: bus.save_rings(),
+        });
+        PartitionState {
+            version: PartitionState::VERSION,
+            buses: plugged.collect(),
+            vmbus,
+            synic: self.synic.save(),
+            msrs: self.msrs.save(),
+        }
+    }
+
+    /// Takes over a saved partition. This one was built with the same configuration and has the
+    /// same buses plugged in; it has not been used, or was reset before guest RAM was restored,
+    /// which has happened by now. No virtual CPU and no worker runs. Devices get their own states
+    /// afterwards, before workers run.
+    ///
+    /// # Errors
+    ///
+    /// [`PartitionStateError`]; the partition is then as after a reset.
+    pub fn restore(&self, state: &PartitionState) -> Result<(), PartitionStateError> {
+        let result = self.adopt(state);
+        if result.is_err() {
+            self.reset();
+        }
+        result
+    }
+
+    fn adopt(&self, state: &PartitionState) -> Result<(), PartitionStateError> {
+        if state.version != PartitionState::VERSION {
+            return Err(PartitionStateError::Version(state.version));
+        }
+        let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        let by_instance = |instance: &Uuid| -> Option<&Arc<Bus>> {
+            let mut all = buses.iter().map(|plugged| &plugged.bus);
+            all.find(|bus| bus.config().instance == *instance)
+        };
+        let all = || {
+            let mut found = state.buses.iter().map(|saved| &saved.instance);
+            found.all(|instance| by_instance(instance).is_some())
+        };
+        if state.buses.len() != buses.len() || !all() {
+            return Err(PartitionStateError::Buses);
+        }
+        self.msrs.restore(&state.msrs)?;
+        for saved in &state.buses {
+            let instance = saved.instance;
+            let bus = by_instance(&instance).ok_or(PartitionStateError::Buses)?;
+            bus.restore(&saved.bus)
+                .map_err(|source| PartitionStateError::Bus { instance, source })?;
+        }
+        let rings = |identity: &ChannelIdentity| {
+            let mut saved = state.buses.iter();
+            saved
+                .find(|saved| saved.instance == identity.instance)?
+                .rings
+        };
+        let result = self.vmbus.restore(&state.vmbus, rings);
+        for plugged in &mut *buses {
+            // Channels have the ids of the saved partition now, unless they were refused.
+            if let Some(channel) = self.vmbus.channel_of(&plugged.bus.identity()) {
+                plugged.channel = channel;
+            }
+        }
+        result?;
+        // Last: taking over VMBus drops the messages that wait in the SynIC.
+        self.synic.restore(&state.synic)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! A guest that is saved and restored at any step of the main job notices nothing.
+#![forbid(unsafe_code)]
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::vmbus::VmBusStateError;
+
+/// What the guest saw in a step.
+type Answer = Vec<u8>;
+
+/// A step of the main job, and what it carries on to the next.
+type Step = fn(&mut Guest, &mut Found) -> Answer;
+
+/// What the guest has found out so far.
+#[derive(Debug, Default)]
+struct Found {
+    relid: u32,
+    connection: u32,
+    message: (u64, u32),
+}
+
+fn words(words: &[u32]) -> Answer {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Posts a message without letting a worker run.
+fn post_only(guest: &Guest, connection: u32, payload: &[u8]) -> Answer {
+    let mut input = words(&[connection, 0, 1, payload.len() as u32]);
+    input.extend(payload);
+    input.resize(256, 0);
+    guest.ram.write(0x6000, &input).unwrap();
+    guest.call(0x5c, 0x6000).to_le_bytes().to_vec()
+}
+
+/// From boot to data by DMA, an interrupt that moves, a bus that is closed and opened again, and
+/// unload.
+const STEPS: &[Step] = &[
+    |guest, _| {
+        guest.boot();
+        Vec::new()
+    },
+    // The worker has not seen the message yet.
+    |guest, _| {
+        let contact = [14, 0, 0x6_0000, 0, 2, 0, 0x7000, 0, 0x8000, 0];
+        post_only(guest, 4, &words(&contact))
+    },
+    |guest, _| {
+        guest.host.run();
+        guest.expect_message(15)
+    },
+    // All offers wait, the first in its slot.
+    |guest, _| {
+        let answer = post_only(guest, 1, &words(&[3, 0, 0, 0, 0, 0, 0, 0]));
+        guest.host.run();
+        answer
+    },
+    |guest, found| {
+        let offer = guest.expect_message(1);
+        (found.relid, found.connection) = (word(&offer, 184), word(&offer, 192));
+        offer
+    },
+    |guest, _| guest.expect_message(4),
+    |guest, found| {
+        guest.open(found.relid, found.connection);
+        Vec::new()
+    },
+    |guest, _| guest.request(0x13, &[0x1_0004]),
+    // The bus has not seen the request yet.
+    |guest, _| {
+        guest.transaction += 1;
+        let (out, _) = guest.rings.as_ref().unwrap();
+        let message = 0x4249_0001u32.to_le_bytes();
+        let signal = out.send(guest.transaction, false, &message).unwrap();
+        assert_eq!(guest.call(0x1_005d, guest.signal), 0);
+        vec![signal.into()]
+    },
+    |guest, _| {
+        guest.host.run();
+        guest.receive().payload
+    },
+    |guest, _| guest.request(5, &[0]),
+    |guest, _| guest.request(7, &[0, WINDOW as u32, (WINDOW >> 32) as u32]),
+    |guest, _| guest.request(0x16, &[0; 49]),
+    |guest, _| {
+        guest.enable();
+        guest.read::<4>(LOW_BAR).to_le_bytes().to_vec()
+    },
+    |guest, found| {
+        found.message = guest.set_up_interrupt(0x1_0004, 0x41, 1);
+        format!("{:?}", found.message).into_bytes()
+    },
+    |guest, _| format!("{:?} {:?}", guest.copy(0x5a), guest.copied()).into_bytes(),
+    |guest, found| {
+        let status = guest.retarget(found.message, 0x52, 0);
+        format!("{status} {:?}", guest.copy(0x33)).into_bytes()
+    },
+    |guest, _| guest.request(5, &[0]),
+    |guest, found| {
+        let relid = found.relid;
+        guest.close(relid);
+        format!("{:?} {:x}", guest.copy(7), guest.config(0)).into_bytes()
+    },
+    |guest, found| {
+        guest.open(found.relid, found.connection);
+        guest.request(0x13, &[0x1_0003])
+    },
+    |guest, _| {
+        let answer = guest.post(1, &words(&[16, 0, 0, 0, 0, 0, 0, 0]));
+        guest.rings = None;
+        let message = guest.expect_message(17);
+        [answer.to_le_bytes().to_vec(), message].concat()
+    },
+    |guest, _| {
+        let taken = guest.contact(0x5_0003);
+        format!("{taken} {:?}", guest.offers()).into_bytes()
+    },
+];
+
+impl Guest {
+    /// The same guest on a partition of its own, which took over the state of this one. Triggers
+    /// are not part of a state: whoever restores makes every worker look.
+    fn migrate(self) -> Self {
+        let (state, device) = (self.partition.save(), self.device.save());
+        assert_eq!(self.partition.save(), state, "saving changes nothing");
+        let Self {
+            partition,
+            ram,
+            rings,
+            signal,
+            transaction,
+            ..
+        } = self;
+        // Where it came from touches nothing of the guest any more.
+        drop(partition);
+        let mut guest = Self::over(ram);
+        guest.partition.restore(&state).unwrap();
+        guest.device.restore(device).unwrap();
+        assert_eq!(guest.partition.save(), state, "nothing is lost or made up");
+        (guest.rings, guest.signal, guest.transaction) = (rings, signal, transaction);
+        guest
+    }
+}
+
+/// Runs the main job with a migration before each step that `migrates` names.
+fn answers(migrates: impl Fn(usize) -> bool) -> Vec<Answer> {
+    let (mut guest, mut found) = (Guest::new(), Found::default());
+    let mut answers = Vec::new();
+    for (at, step) in STEPS.iter().enumerate() {
+        if migrates(at) {
+            guest = guest.migrate();
+        }
+        answers.push(step(&mut guest, &mut found));
+    }
+    answers
+}
+
+#[test]
+fn a_migration_at_any_one_step_changes_no_later_answer() {
+    let expected = answers(|_| false);
+    for at in 0..STEPS.len() {
+        let found = answers(|step| step == at);
+        for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(
+                found, expected,
+                "migrated before step {at}, asked at {step}"
+            );
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn any_number_of_migrations_changes_no_answer(set in any::<u32>()) {
+        prop_assert_eq!(answers(|step| set >> step & 1 != 0), answers(|_| false));
+    }
+}
+
+fn busy() -> Guest {
+    main_job(0x6_0000, 0x1_0004).0
+}
+
+#[test]
+fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
+    type Change = fn(&mut PartitionState);
+    let source = busy();
+    let good = source.partition.save();
+    let changes: &[(Change, &str)] = &[
+        (|state| state.version = 2, "version 2"),
+        (|state| state.buses.clear(), "other buses"),
+        (|state| state.buses[0].instance = Uuid::nil(), "other buses"),
+        (|state| state.buses[0].rings = None, "has no rings"),
+        (|state| state.buses[0].bus.version = 9, "version 9"),
+        (
+            |state| state.buses[0].bus.window = Some(8),
+            "MMIO range 0x8",
+        ),
+        (|state| state.vmbus.version = 9, "version 9"),
+        (|state| state.vmbus.server.channels.clear(), "inconsistent"),
+        (|state| state.vmbus.server.gpadls.clear(), "inconsistent"),
+        (
+            |state| {
+                let long = (crate::vmbus::server::MessagePort::Message, vec![0; 241]);
+                state.vmbus.inbox.push(long);
+            },
+            "impossible messages",
+        ),
+        (
+            |state| state.buses[0].rings.as_mut().unwrap().reader.next = 4,
+            "ring index 0x4",
+        ),
+        (|state| state.synic.version = 9, "version 9"),
+        (|state| state.msrs.version = 9, "version 9"),
+    ];
+    for (change, words) in changes {
+        let mut state = good.clone();
+        change(&mut state);
+        let guest = Guest::new();
+        let pristine = guest.partition.save();
+        let error = guest.partition.restore(&state).unwrap_err().to_string();
+        assert!(error.contains(words), "'{words}' in: {error}");
+        let mut after = guest.partition.save();
+        // A reset does not take back what was given out.
+        after.vmbus.server.next_id = pristine.vmbus.server.next_id;
+        assert_eq!(after.msrs, pristine.msrs, "{words}");
+        assert_eq!(after.synic, pristine.synic, "{words}");
+        assert!(!guest.partition.buses()[0].open, "{words}");
+        assert_eq!(guest.partition.buses()[0].window, None, "{words}");
+        // It still works.
+        let mut guest = guest;
+        guest.main_job(0x6_0000, 0x1_0004);
+    }
+}
+
+#[test]
+fn a_state_does_not_fit_a_partition_with_another_bus() {
+    let state = busy().partition.save();
+    let guest = Guest::new();
+    let device = TestDevice::new(3, &*guest.host).unwrap();
+    let spec = BusSpec {
+        instance: uuid!("00000003-0002-0003-8000-000000000000"),
+        functions: vec![(0, device)],
+    };
+    guest.partition.plug(spec).unwrap();
+    let error = guest.partition.restore(&state).unwrap_err();
+    assert_eq!(error, PartitionStateError::Buses);
+    let wrong = guest.partition.vmbus.restore(&state.vmbus, |_| None);
+    assert!(
+        matches!(wrong, Err(VmBusStateError::NoRings(_))),
+        "{wrong:?}"
+    );
+}
+
+#[test]
+fn a_bus_can_be_removed_after_a_migration_and_a_removed_one_stays_removed() {
+    let guest = busy().migrate();
+    assert!(guest.partition.remove(&INSTANCE));
+    guest.host.run();
+    assert_eq!(word(&guest.expect_message(2), 0), 2);
+    let state = guest.partition.save();
+    let ram = guest.ram.clone();
+    drop(guest);
+    let next = Guest::over(ram);
+    assert_eq!(
+        next.partition.restore(&state),
+        Err(PartitionStateError::Buses),
+        "the bus is here, but not there"
+    );
+    assert!(next.partition.remove(&INSTANCE));
+    next.host.run();
+    next.partition.restore(&state).unwrap();
+    assert_eq!(next.partition.save(), state);
+    assert!(next.partition.buses().is_empty());
+}
