@@ -26,8 +26,9 @@ pub struct Scenario {
     /// The guest boots, run one after another.
     #[serde(default)]
     pub runs: Vec<Run>,
-    /// Developer aid: a command line (split at blanks, no shell) that runs in L1 before the runs,
-    /// with its output on the serial console. A non-zero status fails the scenario.
+    /// A command line (split at blanks, no shell) that runs in L1 before the runs, with its output
+    /// on the serial console. A non-zero status fails the scenario; the last line that it prints
+    /// on standard output is kept in the verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exec: Option<String>,
 }

@@ -16,6 +16,9 @@ pub struct Verdict {
     pub pass: bool,
     /// What failed outside the runs, for example while the rig was set up.
     pub failures: Vec<String>,
+    /// Last line on standard output of the scenario's command, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub said: Option<String>,
     /// The runs, in order; shorter than the scenario's list when the rig gave up.
     pub runs: Vec<RunVerdict>,
 }
@@ -83,6 +86,7 @@ mod tests {
             scenario: "linux-7".into(),
             pass: false,
             failures: vec![],
+            said: Some("65 checks".into()),
             runs: vec![RunVerdict {
                 name: "1-cpu".into(),
                 pass: false,

@@ -103,6 +103,9 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
         for failure in outcome.failures.iter().chain(said) {
             text += &format!("  {failure}\n");
         }
+        for line in verdict.clone().filter_map(|verdict| verdict.said.as_ref()) {
+            text += &format!("  {line}\n");
+        }
         for run in verdict.flat_map(|verdict| &verdict.runs) {
             let result = word(run.pass);
             text += &format!("  {:<14}{result:<6}{:>7.1} s\n", run.name, run.seconds);
@@ -156,6 +159,7 @@ mod tests {
             scenario: "linux-7".into(),
             pass: runs.iter().all(|(_, pass)| *pass),
             failures: vec![],
+            said: None,
             runs: runs.iter().map(run).collect(),
         }
     }

@@ -15,6 +15,8 @@ const DISK_MIB: u32 = 64;
 const GROW_MIB: u32 = 8;
 /// Time limit of a run in seconds: many times what it takes on two idle cores.
 const RUN_LIMIT_S: u64 = 480;
+/// Time limit of the conformance suite in seconds.
+const CONFORMANCE_LIMIT_S: u64 = 900;
 
 /// Bus GUIDs: Data2 is the PCI domain, different for each bus of a guest.
 const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
@@ -63,6 +65,7 @@ pub(crate) fn all() -> Vec<Entry> {
         required(two_buses("linux-7")),
         required(reboot("linux-7")),
         required(rebind("linux-7")),
+        required(conformance()),
     ]
 }
 
@@ -137,6 +140,19 @@ fn rebind(family: &str) -> Scenario {
     )
 }
 
+/// The conformance suite with its guests on L1's KVM.
+fn conformance() -> Scenario {
+    Scenario {
+        exec: Some("/host/vpci-vmm conformance --bed kvm".into()),
+        time_limit_s: CONFORMANCE_LIMIT_S,
+        ..scenario(
+            "conformance",
+            "the conformance suite on virtual CPUs of L1's KVM",
+            Vec::new(),
+        )
+    }
+}
+
 fn scenario(name: &str, description: &str, runs: Vec<Run>) -> Scenario {
     Scenario {
         name: name.into(),
@@ -207,7 +223,8 @@ mod tests {
         for entry in all() {
             assert!(names.insert(entry.scenario.name.clone()));
             assert!(!entry.scenario.description.is_empty());
-            assert!(!families(&entry.scenario).is_empty());
+            let has_kernel = !families(&entry.scenario).is_empty();
+            assert_ne!(has_kernel, entry.scenario.exec.is_some());
             for family in families(&entry.scenario) {
                 kernel::family(family).unwrap();
             }

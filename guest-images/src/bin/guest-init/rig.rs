@@ -18,7 +18,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// Where the shared directory is mounted.
@@ -29,6 +29,8 @@ const SCRATCH: &str = "/tmp";
 const SETUP_LIMIT: Duration = Duration::from_secs(120);
 /// Switch of L1's second CPU.
 const SECOND_CPU: &str = "/sys/devices/system/cpu/cpu1/online";
+/// Bytes at the end of a command's output in which its last line is looked for.
+const LAST_LINE_MAX: usize = 1024;
 /// Bytes that are made or checked at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -40,6 +42,7 @@ pub(crate) fn run() -> Result<End> {
             scenario: String::new(),
             pass: false,
             failures: vec![format!("{error:#}")],
+            said: None,
             runs: Vec::new(),
         },
     };
@@ -83,10 +86,11 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         scenario: scenario.name.clone(),
         pass: false,
         failures: Vec::new(),
+        said: None,
         runs: Vec::new(),
     };
-    let kept = (!scenario.runs.is_empty()).then(keep_vm);
-    if let Some(Err(error)) = &kept {
+    let kept = keep_vm();
+    if let Err(error) = &kept {
         verdict.failures.push(format!("{error:#}"));
     }
     if scenario.runs.is_empty() && scenario.exec.is_none() {
@@ -94,8 +98,14 @@ fn judge_all(scenario: &Scenario) -> Verdict {
     }
     if let Some(line) = &scenario.exec {
         step(format!("exec {line}"));
-        if let Err(error) = execute(line, Duration::from_secs(scenario.time_limit_s)) {
-            verdict.failures.push(format!("exec {line}: {error:#}"));
+        match execute(line, Duration::from_secs(scenario.time_limit_s)) {
+            Ok((status, said)) => {
+                verdict.said = said;
+                if !status.success() {
+                    verdict.failures.push(format!("exec {line}: {status}"));
+                }
+            }
+            Err(error) => verdict.failures.push(format!("exec {line}: {error:#}")),
         }
     }
     let allow = match AllowList::committed() {
@@ -242,8 +252,8 @@ fn check_disk(path: &Path, pattern: Pattern, size: u64) -> Result<String> {
     Ok(checksum.hex())
 }
 
-/// Runs a developer's command with its output on the console.
-fn execute(line: &str, limit: Duration) -> Result<()> {
+/// Runs a command with its output on the console; its status and its last line.
+fn execute(line: &str, limit: Duration) -> Result<(ExitStatus, Option<String>)> {
     let mut words = line.split_ascii_whitespace();
     let program = words.next().context("no command")?;
     let mut child = Command::new(program)
@@ -256,10 +266,15 @@ fn execute(line: &str, limit: Duration) -> Result<()> {
     let mut output = child.stdout.take().context("output")?;
     let copied = bounded("output", limit, move || {
         let mut buffer = [0; 4096];
+        let mut end = Vec::new();
         loop {
             match output.read(&mut buffer)? {
-                0 => return Ok(()),
-                length => put(&buffer[..length]),
+                0 => return Ok(last_line(&end)),
+                length => {
+                    put(&buffer[..length]);
+                    end.extend_from_slice(&buffer[..length]);
+                    end.drain(..end.len().saturating_sub(LAST_LINE_MAX));
+                }
             }
         }
     });
@@ -268,16 +283,26 @@ fn execute(line: &str, limit: Duration) -> Result<()> {
         let _ = child.kill();
     }
     let status = child.wait()?;
-    copied?;
-    if !status.success() {
-        bail!("{status}");
-    }
-    Ok(())
+    Ok((status, copied?))
+}
+
+/// The last line that is not blank.
+fn last_line(output: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(output);
+    let line = text.lines().map(str::trim).rfind(|line| !line.is_empty());
+    line.map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_line_of_a_command_is_the_last_that_is_not_blank() {
+        assert_eq!(last_line(b""), None);
+        assert_eq!(last_line(b"\n \n"), None);
+        assert_eq!(last_line(b"one\ntwo \r\n\n"), Some("two".into()));
+    }
 
     #[test]
     fn a_disk_holds_what_the_check_expects_and_a_wrong_byte_is_found() {

@@ -15,6 +15,7 @@ mod workers;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use uuid::Uuid;
 use vm_memory::GuestMemoryAtomic;
 use vm_vpci::kvm::{self, KvmDoorbells, KvmMsiSink};
 use vm_vpci::mem::GuestRam;
@@ -163,6 +164,13 @@ fn plug(partition: &Partition, workers: &Workers, bus: &BusSetup) -> Result<(), 
 impl Host for KvmMachine {
     fn plug(&self, bus: &BusSetup) -> Result<(), HostError> {
         plug(&self.partition, &self.workers, bus).map_err(HostError::Refused)
+    }
+
+    fn remove(&self, instance: Uuid) -> Result<(), HostError> {
+        match self.partition.remove(&instance) {
+            true => Ok(()),
+            false => Err(HostError::Refused(format!("there is no bus {instance}"))),
+        }
     }
 
     fn reset(&self) -> Result<(), HostError> {
