@@ -46,9 +46,8 @@ const STACK_SIZE: u64 = PAGE / 4;
 /// command page and running the VP again.
 pub const DONE_PORT: u8 = 0xf5;
 /// Vector that the host raises to end [`Entry::Wait`](crate::Entry::Wait) when it has waited
-/// enough. It is counted and logged as any other. Of the lowest priority: when it has been taken,
-/// so has everything else that was pending. (16 to 31 would be lower still, but a KVM that
-/// emulates instructions was seen to hang on them.)
+/// enough. It is counted and logged as any other. Of the lowest priority of all that are not
+/// exceptions: when it has been taken, so has everything else that was pending.
 pub const WAKE_VECTOR: u8 = 32;
 /// Vector of spurious interrupts.
 pub const SPURIOUS_VECTOR: u8 = 0x8f;
