@@ -26,6 +26,11 @@ pub(crate) struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Do the main job once, step by step, and say what each step means.
+    ///
+    /// Needs no guest kernel. Exit status: 0 every step held, 1 one did not, 2 the command line
+    /// asks for something impossible, 3 the bed is missing here.
+    Demo(DemoArgs),
     /// Boot a Linux guest, its serial port on the terminal (Ctrl-C ends it).
     ///
     /// Exit status: 0 the guest powered off, 1 the run failed, 2 the command line asks for
@@ -40,6 +45,17 @@ pub(crate) enum Command {
     /// Exit status: 0 all checks passed, 1 one failed, 2 the command line asks for something
     /// impossible, 3 the bed is missing here.
     Conformance(ConformanceArgs),
+}
+
+/// Options of `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Where the guest runs.
+    #[arg(long, value_enum, value_name = "BED", default_value_t = BedChoice::Auto)]
+    pub(crate) bed: BedChoice,
+    /// Print JSON, for programs, instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `conformance`.
@@ -62,7 +78,7 @@ pub(crate) struct ConformanceArgs {
     pub(crate) output: Option<PathBuf>,
 }
 
-/// Where a conformance run takes place.
+/// Where the guest of a conformance run or of the demonstration runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BedChoice {
     /// The best one that there is: `kvm`, else `sim`.
@@ -190,6 +206,7 @@ mod tests {
             ("run --kernel k --bogus", "'--bogus'"),
             ("run --kernel k extra", "'extra'"),
             ("doctor --bogus", "'--bogus'"),
+            ("demo --bed moon", "'--bed <BED>'"),
             ("conformance --bed moon", "'--bed <BED>'"),
             ("conformance --filter (", "'--filter <RE>'"),
             ("conformance --format xml", "'--format <FORMAT>'"),

@@ -55,7 +55,7 @@ pub(crate) fn conformance(args: &ConformanceArgs) -> u8 {
 }
 
 /// The bed that was asked for, if it is there.
-fn bed(choice: BedChoice) -> Result<Arc<dyn Bed>, String> {
+pub(crate) fn bed(choice: BedChoice) -> Result<Arc<dyn Bed>, String> {
     match choice {
         BedChoice::Sim => one_bed(BedKind::Sim),
         BedChoice::Kvm => one_bed(BedKind::Kvm),

@@ -9,6 +9,7 @@ mod conformance;
 mod console;
 mod control;
 mod counters;
+mod demo;
 mod doctor;
 mod embed;
 mod error;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
     };
     let args = match cli.command {
         Command::Run(args) => args,
+        Command::Demo(args) => return ExitCode::from(demo::demo(&args)),
         Command::Conformance(args) => return ExitCode::from(conformance::conformance(&args)),
         Command::Doctor(args) => return ExitCode::from(doctor::doctor(&args)),
     };

@@ -113,19 +113,6 @@ impl Kernel {
     ///
     /// [`Failure`].
     pub fn identify(vm: &Vm) -> Result<Self, Failure> {
-        Self::build(vm, false)
-    }
-
-    /// As Linux boots: [`Kernel::identify`], then VP assist page and SynIC on each VP.
-    ///
-    /// # Errors
-    ///
-    /// [`Failure`].
-    pub fn boot(vm: &Vm) -> Result<Self, Failure> {
-        Self::build(vm, true)
-    }
-
-    fn build(vm: &Vm, synic: bool) -> Result<Self, Failure> {
         let vps = u64::from(vm.vps());
         let page = vm.pages(1)?;
         vm.write(page, &[0x0f, 0x0b].repeat(PAGE as usize / 2))?;
@@ -133,20 +120,43 @@ impl Kernel {
         vm.wrmsr(0, msr::GUEST_OS_ID, LINUX_ID)?;
         let before = vm.rdmsr(0, msr::HYPERCALL)?;
         vm.wrmsr(0, msr::HYPERCALL, before & 0xffe | page | 1)?;
-        let mut synics = Vec::new();
-        if synic {
-            for vp in 0..vm.vps() {
-                let assist = vm.pages(1)?;
-                vm.wrmsr(vp, msr::VP_ASSIST_PAGE, assist | 1)?;
-                let synic = Synic::new(vm, vp)?;
-                synic.enable(VMBUS_SINT, VMBUS_VECTOR)?;
-                synics.push(synic);
-            }
-        }
         Ok(Self(Arc::new(Inner {
             vm: vm.clone(),
             page,
             parameters,
+            synics: Vec::new(),
+        })))
+    }
+
+    /// As Linux boots: [`Kernel::identify`], then [`Kernel::start_synics`].
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`].
+    pub fn boot(vm: &Vm) -> Result<Self, Failure> {
+        Self::identify(vm)?.start_synics()
+    }
+
+    /// A kernel that has only identified itself goes on as Linux does: VP assist page and SynIC on
+    /// each VP.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`].
+    pub fn start_synics(&self) -> Result<Self, Failure> {
+        let vm = self.vm();
+        let mut synics = Vec::new();
+        for vp in 0..vm.vps() {
+            let assist = vm.pages(1)?;
+            vm.wrmsr(vp, msr::VP_ASSIST_PAGE, assist | 1)?;
+            let synic = Synic::new(vm, vp)?;
+            synic.enable(VMBUS_SINT, VMBUS_VECTOR)?;
+            synics.push(synic);
+        }
+        Ok(Self(Arc::new(Inner {
+            vm: vm.clone(),
+            page: self.0.page,
+            parameters: self.0.parameters,
             synics,
         })))
     }
