@@ -61,6 +61,8 @@ pub struct CpuidConfig {
     pub vp_count: u32,
     /// Optional parts of the interface.
     pub features: Features,
+    /// The VM has a pvIOMMU.
+    pub iommu: bool,
 }
 
 /// One CPUID leaf. None of the Hyper-V leaves has subleaves: ECX on input is not significant.
@@ -96,7 +98,7 @@ pub fn leaves(config: &CpuidConfig) -> Vec<CpuidLeaf> {
             ..Default::default()
         },
         empty(hv::LEAF_VERSION),
-        features(&config.features),
+        features(config),
         CpuidLeaf {
             function: hv::LEAF_RECOMMENDATIONS,
             // Nothing outside the guest can emulate AutoEOI (docs/spec/kvm.md, section 4).
@@ -136,7 +138,8 @@ fn empty(function: u32) -> CpuidLeaf {
     }
 }
 
-fn features(offered: &Features) -> CpuidLeaf {
+fn features(config: &CpuidConfig) -> CpuidLeaf {
+    let offered = &config.features;
     use hv::{Features, PrivilegesHigh, PrivilegesLow};
     let mut low = PrivilegesLow::SYNIC | PrivilegesLow::HYPERCALL | PrivilegesLow::VP_INDEX;
     low.set(PrivilegesLow::TIME_REF_COUNT, offered.reference_counter);
@@ -147,6 +150,8 @@ fn features(offered: &Features) -> CpuidLeaf {
     features.set(Features::XMM_INPUT, offered.xmm_input);
     features.set(Features::XMM_OUTPUT, offered.xmm_output);
     features.set(Features::HYPERCALL_MSR_LOCK, offered.hypercall_lock);
+    features.set(Features::DEVICE_DOMAINS, config.iommu);
+    features.set(Features::S1_DEVICE_DOMAINS, config.iommu);
     CpuidLeaf {
         function: hv::LEAF_FEATURES,
         eax: low.bits(),
@@ -164,6 +169,7 @@ mod tests {
         let config = CpuidConfig {
             vp_count: 4,
             features,
+            iommu: false,
         };
         let all = leaves(&config);
         let mut found = all.iter().filter(|leaf| leaf.function == function);
@@ -190,6 +196,18 @@ mod tests {
         for function in 0x4000_0080..=0x4000_0082 {
             assert_eq!(leaf(Features::default(), function), empty(function));
         }
+    }
+
+    #[test]
+    fn a_pviommu_sets_both_device_domain_bits() {
+        let config = CpuidConfig {
+            vp_count: 4,
+            features: Features::default(),
+            iommu: true,
+        };
+        let all = leaves(&config);
+        let leaf3 = all.iter().find(|leaf| leaf.function == 0x4000_0003);
+        assert_eq!(leaf3.unwrap().edx, 1 << 8 | 1 << 24 | 1 << 25);
     }
 
     #[test]

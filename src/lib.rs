@@ -35,7 +35,7 @@
 //! use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 //! use vm_vpci::vmbus::VmBusConfig;
 //! use vm_vpci::vmm::{MonotonicClock, Msi, MsiSink, Trigger, Worker, WorkerHost};
-//! use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+//! use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 //!
 //! /// Where interrupts go: on KVM, `vm_vpci::kvm::KvmMsiSink`.
 //! #[derive(Debug)]
@@ -74,6 +74,7 @@
 //!         features: Features::default(),
 //!         hypercall_port: DEFAULT_HYPERCALL_PORT,
 //!         vmbus: VmBusConfig::default(),
+//!         iommu: None,
 //!     },
 //!     PartitionHost {
 //!         ram: GuestRam::new(GuestMemoryAtomic::new(ram)),
@@ -86,7 +87,7 @@
 //! partition.plug(BusSpec {
 //!     // data2 = 0x1a2b: the guest's PCI domain.
 //!     instance: Uuid::parse_str("6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01")?,
-//!     functions: vec![(0, TestDevice::new(1, &*workers)?)],
+//!     functions: vec![FunctionSpec::new(0, TestDevice::new(1, &*workers)?)],
 //! })?;
 //!
 //! // The guest reads the leaves of Hyper-V ...
@@ -103,6 +104,7 @@
 #![deny(unsafe_code)]
 
 pub mod cpuid;
+pub mod device_id;
 pub mod devices;
 pub mod dma;
 pub mod hv;
@@ -112,9 +114,11 @@ pub mod kvm;
 pub mod mem;
 pub mod msr;
 pub mod partition;
+pub mod pviommu;
 pub mod synic;
 pub mod vmbus;
 pub mod vmm;
 pub mod vpci;
 
 pub use partition::{BusSpec, Partition, PartitionConfig, PartitionHost};
+pub use vpci::function::FunctionSpec;

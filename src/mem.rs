@@ -202,7 +202,7 @@ impl GuestRam {
 
     fn with_u32<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU32) -> R) -> Result<R, MemError> {
         let view = self.view();
-        let slice = view.word(gpa, 4)?;
+        let slice = word(&view.map, gpa, 4)?;
         let reference = slice
             .get_atomic_ref::<AtomicU32>(0)
             .map_err(|_| MemError::Misaligned { gpa, align: 4 })?;
@@ -210,13 +210,43 @@ impl GuestRam {
     }
 
     fn with_u64<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU64) -> R) -> Result<R, MemError> {
-        let view = self.view();
-        let slice = view.word(gpa, 8)?;
-        let reference = slice
-            .get_atomic_ref::<AtomicU64>(0)
-            .map_err(|_| MemError::Misaligned { gpa, align: 8 })?;
-        Ok(f(reference))
+        with_u64(&self.view().map, gpa, f)
     }
+}
+
+/// Accesses a 64-bit word of a map that the caller has loaded: the page walker reads several.
+///
+/// # Errors
+///
+/// [`MemError`] if the word is not aligned or not RAM.
+#[inline]
+pub(crate) fn with_u64<R>(
+    map: &RamMap,
+    gpa: u64,
+    f: impl FnOnce(&AtomicU64) -> R,
+) -> Result<R, MemError> {
+    let slice = word(map, gpa, 8)?;
+    let reference = slice
+        .get_atomic_ref::<AtomicU64>(0)
+        .map_err(|_| MemError::Misaligned { gpa, align: 8 })?;
+    Ok(f(reference))
+}
+
+/// A range that lies in one region; `None` says nothing about other ranges.
+#[inline]
+fn slice(map: &RamMap, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+    let region = map.find_region(GuestAddress(gpa))?;
+    let offset = MemoryRegionAddress(gpa - region.start_addr().0);
+    region.get_slice(offset, len).ok()
+}
+
+/// The slice of one naturally aligned word.
+#[inline]
+fn word(map: &RamMap, gpa: u64, size: u64) -> Result<VolatileSlice<'_>, MemError> {
+    if !gpa.is_multiple_of(size) {
+        return Err(MemError::Misaligned { gpa, align: size });
+    }
+    slice(map, gpa, size as usize).ok_or(MemError::NotRam { gpa, len: size })
 }
 
 /// Guest RAM as it is at one moment: see [`GuestRam::view`].
@@ -262,18 +292,7 @@ impl RamView {
 
     /// A range that lies in one region; `None` says nothing about other ranges.
     fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        let region = self.map.find_region(GuestAddress(gpa))?;
-        let offset = MemoryRegionAddress(gpa - region.start_addr().0);
-        region.get_slice(offset, len).ok()
-    }
-
-    /// The slice of one naturally aligned word.
-    fn word(&self, gpa: u64, size: u64) -> Result<VolatileSlice<'_>, MemError> {
-        if !gpa.is_multiple_of(size) {
-            return Err(MemError::Misaligned { gpa, align: size });
-        }
-        self.slice(gpa, size as usize)
-            .ok_or(MemError::NotRam { gpa, len: size })
+        slice(&self.map, gpa, len)
     }
 }
 
@@ -312,7 +331,7 @@ impl RamPage<'_> {
 }
 
 /// Checks that a whole range is RAM; regions may adjoin.
-fn check(map: &RamMap, gpa: u64, len: u64) -> Result<(), MemError> {
+pub(crate) fn check(map: &RamMap, gpa: u64, len: u64) -> Result<(), MemError> {
     let error = MemError::NotRam { gpa, len };
     let end = gpa.checked_add(len).ok_or(error)?;
     let mut next = gpa;

@@ -6,6 +6,7 @@
 //!   MSR      --> PartitionMsrs, UserSynic
 //!   OUT port --> hypercall::dispatch --> VmBus (enqueue) ....> vmbus
 //!                                    \-> Bus::retarget
+//!                                    \-> PvIommu
 //!   MMIO     --> MmioSpace --> config window, BARs, MSI-X
 //!                              ring signal ..................> vpci-<n>
 //! ```
@@ -28,12 +29,15 @@ use crate::hypercall::{
 };
 use crate::mem::GuestRam;
 use crate::msr::{GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
+use crate::pviommu::{
+    AddDeviceError, DeviceBackend, IommuConfig, IommuConfigError, IommuGroup, IommuReport, PvIommu,
+};
 use crate::synic::SynicPort;
 use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
 use crate::vmbus::{ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
 use crate::vmm::{Clock, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
-use crate::vpci::function::PciFunction;
+use crate::vpci::function::FunctionSpec;
 use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
 use crate::vpci::registry::{DeviceRegistry, DuplicateId};
 
@@ -59,6 +63,9 @@ pub struct PartitionConfig {
     pub hypercall_port: u8,
     /// Limits of the VMBus server.
     pub vmbus: VmBusConfig,
+    /// The pvIOMMU, if the VM is to have one. Functions that are to be behind it say so when they
+    /// are plugged in.
+    pub iommu: Option<IommuConfig>,
 }
 
 /// What the VMM provides.
@@ -91,6 +98,9 @@ pub enum PartitionError {
     /// An MMIO range is malformed, or overlaps RAM or another one.
     #[error(transparent)]
     Mmio(#[from] MmioError),
+    /// The pvIOMMU cannot be as configured.
+    #[error(transparent)]
+    Iommu(#[from] IommuConfigError),
     /// The VMM's loop refused the VMBus worker.
     #[error("the worker loop refused a worker")]
     Worker(#[source] io::Error),
@@ -108,6 +118,9 @@ pub enum PlugError {
     /// VMBus cannot offer another channel, or the instance GUID is taken.
     #[error(transparent)]
     Offer(#[from] OfferError),
+    /// The pvIOMMU has no room for the functions.
+    #[error(transparent)]
+    Iommu(#[from] AddDeviceError),
 }
 
 /// A bus to plug in: its instance GUID and its functions.
@@ -116,8 +129,8 @@ pub struct BusSpec {
     /// Instance GUID. Linux takes the PCI domain of the bus from its data2, which must be 1 to
     /// 0x7FFF and should be unique (docs/spec/vpci.md, section 1.1).
     pub instance: Uuid,
-    /// Functions with their function numbers, 0 to 7.
-    pub functions: Vec<(u8, Arc<dyn PciFunction>)>,
+    /// Its functions.
+    pub functions: Vec<FunctionSpec>,
 }
 
 /// Counts since the partition was created.
@@ -148,6 +161,7 @@ pub struct Partition {
     calls: Dispatcher,
     mmio: Arc<MmioSpace>,
     registry: Arc<DeviceRegistry>,
+    iommu: Option<Arc<PvIommu>>,
     /// Buses in the order in which they were plugged in. Held while plugging, removing and
     /// resetting only.
     buses: Mutex<Vec<Plugged>>,
@@ -195,15 +209,23 @@ impl Partition {
             .map_err(PartitionError::Worker)?;
         let mmio = MmioSpace::new(host.ram.clone(), config.mmio)?;
         let registry = Arc::new(DeviceRegistry::default());
-        let calls = Dispatcher::new(host.ram.clone(), config.features)
+        let iommu = match config.iommu {
+            Some(iommu) => Some(PvIommu::new(iommu, host.ram.clone())?),
+            None => None,
+        };
+        let mut calls = Dispatcher::new(host.ram.clone(), config.features)
             .with_group(Arc::new(MessageGroup::new(Arc::new(Connections {
                 vmbus: vmbus.clone(),
             }))))
             .with_group(Arc::new(InterruptGroup::new(registry.clone(), vp_count)));
+        if let Some(iommu) = &iommu {
+            calls = calls.with_group(Arc::new(IommuGroup::new(iommu.clone())));
+        }
         Ok(Self {
             cpuid: CpuidConfig {
                 vp_count,
                 features: config.features,
+                iommu: iommu.is_some(),
             },
             apic_ids,
             host,
@@ -213,6 +235,7 @@ impl Partition {
             calls,
             mmio,
             registry,
+            iommu,
             buses: Mutex::new(Vec::new()),
         })
     }
@@ -250,10 +273,13 @@ impl Partition {
     pub fn write_msr(&self, vp: u32, msr: u32, value: u64) -> Result<MsrEffect, GpFault> {
         if UserSynic::owns_msr(msr) {
             self.synic.write_msr(vp, msr, value)?;
-            Ok(MsrEffect::None)
-        } else {
-            self.msrs.write(vp, msr, value)
+            return Ok(MsrEffect::None);
         }
+        let effect = self.msrs.write(vp, msr, value)?;
+        if let (MsrEffect::GuestOsIdCleared, Some(iommu)) = (effect, &self.iommu) {
+            iommu.guest_gone();
+        }
+        Ok(effect)
     }
 
     /// A hypercall: a 4-byte write to [`Partition::hypercall_port`].
@@ -280,7 +306,7 @@ impl Partition {
     /// [`PlugError`]; the partition and the guest are as before then.
     pub fn plug(&self, spec: BusSpec) -> Result<(), PlugError> {
         let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
-        let numbers: Vec<u8> = spec.functions.iter().map(|(number, _)| *number).collect();
+        let numbers: Vec<u8> = spec.functions.iter().map(|f| f.number).collect();
         self.registry.check(&spec.instance, &numbers)?;
         let host = BusHost {
             ram: self.host.ram.clone(),
@@ -288,22 +314,51 @@ impl Partition {
             msi: self.host.msi.clone(),
             apic_ids: self.apic_ids.clone(),
             doorbells: self.host.doorbells.clone(),
+            iommu: self.iommu.clone(),
         };
         let config = BusConfig {
             instance: spec.instance,
             numa_node: None,
         };
         let bus = Bus::new(config, spec.functions, host, &*self.host.workers)?;
-        // Registered before the offer: the guest may retarget as soon as it knows the bus.
+        // Registered before the offer: the guest may call as soon as it knows the bus.
         self.registry.insert(&bus)?;
-        match self.vmbus.offer(bus.clone()) {
+        let offered = match self.enter_iommu(&bus) {
+            Ok(()) => self.vmbus.offer(bus.clone()).map_err(PlugError::from),
+            Err(error) => Err(error.into()),
+        };
+        match offered {
             Ok(channel) => buses.push(Plugged { bus, channel }),
             Err(error) => {
-                self.registry.remove(&bus);
-                return Err(error.into());
+                self.forget(&bus);
+                return Err(error);
             }
         }
         Ok(())
+    }
+
+    /// Adds a bus's functions to the pvIOMMU.
+    fn enter_iommu(&self, bus: &Arc<Bus>) -> Result<(), AddDeviceError> {
+        let Some(iommu) = &self.iommu else {
+            return Ok(());
+        };
+        for (id, mode, port) in bus.iommu_devices() {
+            let backend = port.map(|port| port as Arc<dyn DeviceBackend>);
+            iommu.add_device(id, mode, backend)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the ids of a bus's functions.
+    fn forget(&self, bus: &Arc<Bus>) {
+        self.registry.remove(bus);
+        // What the bus does from now on must not reach those who get its ids.
+        bus.leave_iommu();
+        if let Some(iommu) = &self.iommu {
+            for id in bus.ids() {
+                iommu.remove_device(id);
+            }
+        }
     }
 
     /// Takes a bus away at once, with all its functions (surprise removal). When this returns their
@@ -320,7 +375,7 @@ impl Partition {
             return false;
         };
         let Plugged { bus, channel } = buses.remove(index);
-        self.registry.remove(&bus);
+        self.forget(&bus);
         bus.remove();
         self.vmbus.revoke(channel);
         true
@@ -334,6 +389,9 @@ impl Partition {
         for plugged in &*buses {
             plugged.bus.reset();
         }
+        if let Some(iommu) = &self.iommu {
+            iommu.reset();
+        }
         self.synic.reset();
         self.msrs.reset();
     }
@@ -342,6 +400,11 @@ impl Partition {
     pub fn buses(&self) -> Vec<BusReport> {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
         buses.iter().map(|plugged| plugged.bus.report()).collect()
+    }
+
+    /// The pvIOMMU's domains, devices and faults; `None` if the VM has none.
+    pub fn iommu(&self) -> Option<IommuReport> {
+        self.iommu.as_ref().map(|iommu| iommu.report())
     }
 
     /// Counts since the partition was created.

@@ -16,7 +16,7 @@ use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::{MonotonicClock, Msi, MsiSink, Trigger, Worker, WorkerHost};
-use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
 const INSTANCE: Uuid = uuid!("00000001-1234-ab78-8000-000000000000");
 /// First address of the aperture below 4 GiB, where the config window goes.
@@ -131,6 +131,7 @@ pub(crate) fn partition(ram: GuestRam, msi: Arc<dyn MsiSink>) -> (Partition, Arc
         features: Features::default(),
         hypercall_port: DEFAULT_HYPERCALL_PORT,
         vmbus: VmBusConfig::default(),
+        iommu: None,
     };
     let host = PartitionHost {
         ram,
@@ -173,7 +174,7 @@ impl Guest {
         let interrupts = Arc::new(Interrupts::default());
         let (partition, workers) = partition(ram.clone(), interrupts.clone());
         let device = TestDevice::new(1, &*workers).expect("a device");
-        let functions: Vec<(u8, Arc<dyn vm_vpci::vpci::function::PciFunction>)> = vec![(0, device)];
+        let functions = vec![FunctionSpec::new(0, device)];
         let instance = INSTANCE;
         let spec = BusSpec {
             instance,

@@ -76,6 +76,10 @@ bitflags! {
         const XMM_OUTPUT = 1 << 15;
         /// Bit 1 of MSR HYPERCALL locks it.
         const HYPERCALL_MSR_LOCK = 1 << 18;
+        /// Device domains (docs/spec/pviommu.md#IO-2-22).
+        const DEVICE_DOMAINS = 1 << 24;
+        /// First-stage device domains.
+        const S1_DEVICE_DOMAINS = 1 << 25;
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod cpuid;
 pub mod hypercall;
 pub mod msr;
+pub mod pviommu;
 pub mod status;
 pub mod synic;
 pub mod vmbus;

@@ -56,8 +56,18 @@ statuses! {
     INVALID_SYNIC_STATE = 0x0018;
     /// The object is in use.
     OBJECT_IN_USE = 0x0019;
+    /// The limit on device domains is reached.
+    INSUFFICIENT_DEVICE_DOMAINS = 0x0038;
     /// No logical device has this id.
     INVALID_DEVICE_ID = 0x0057;
+    /// The logical device is not behind the pvIOMMU, or is being removed.
+    INVALID_DEVICE_STATE = 0x0058;
+    /// The number of a new object is in use.
+    KEY_ALREADY_EXISTS = 0x0065;
+    /// The logical device is in that domain already.
+    DEVICE_ALREADY_IN_DOMAIN = 0x0066;
+    /// The host could not do it.
+    OPERATION_FAILED = 0x0071;
 }
 
 impl HvStatus {

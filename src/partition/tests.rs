@@ -144,6 +144,7 @@ impl Guest {
             features: Features::default(),
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: VmBusConfig::default(),
+            iommu: None,
         };
         let services = PartitionHost {
             ram: ram.clone(),
@@ -156,7 +157,7 @@ impl Guest {
         let device = TestDevice::new(1, &*host).unwrap();
         let spec = BusSpec {
             instance: INSTANCE,
-            functions: vec![(0, device.clone())],
+            functions: vec![FunctionSpec::new(0, device.clone())],
         };
         partition.plug(spec).unwrap();
         Self {
@@ -600,7 +601,7 @@ fn a_removed_bus_is_gone_at_once_and_comes_back_when_the_guest_let_go() {
     assert_eq!(word(&rescind, 8), relid);
     let plug = |guest: &Guest| {
         let device = TestDevice::new(9, &*guest.host).unwrap();
-        let functions: Vec<(u8, Arc<dyn PciFunction>)> = vec![(0, device)];
+        let functions = vec![FunctionSpec::new(0, device)];
         let instance = INSTANCE;
         guest.partition.plug(BusSpec {
             instance,
@@ -627,7 +628,7 @@ fn functions_with_one_logical_id_are_refused_by_name() {
     let twin = uuid!("00000002-1234-ab7f-9000-000000000000");
     let spec = BusSpec {
         instance: twin,
-        functions: vec![(0, device)],
+        functions: vec![FunctionSpec::new(0, device)],
     };
     let error = guest.partition.plug(spec).unwrap_err().to_string();
     for part in ["0x1234ab78", &twin.to_string(), &INSTANCE.to_string()] {
@@ -648,6 +649,7 @@ fn a_partition_has_one_to_2048_vps() {
             features: Features::default(),
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: VmBusConfig::default(),
+            iommu: None,
         };
         let error = Partition::new(config, guest.partition.host.clone()).unwrap_err();
         assert!(matches!(error, PartitionError::VpCount { .. }));

@@ -7,20 +7,21 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use uuid::Uuid;
 
 use super::device_id::LogicalDeviceId;
-use super::function::{BAR_COUNT, PciFunction};
+use super::function::{BAR_COUNT, FunctionSpec};
 use super::interrupts::VectorCounters;
 use super::interrupts::handles::{Route, Target};
 use super::layout::LayoutError;
 use super::lock;
 use super::mmio::MmioSpace;
 use super::protocol::{BusCore, Protocol, ProtocolCounters, Replies};
-use super::slot::{FunctionSlot, SlotHost};
+use super::slot::{FunctionSlot, IommuLink, SlotHost};
 use super::window::{ConfigWindow, Functions};
-use crate::dma::DmaCounters;
+use crate::dma::{DmaCounters, DmaPort};
 use crate::hv::HvStatus;
 use crate::hv::vpci::{CLASS_ID, MAX_PAYLOAD_LEN, ProtocolVersion};
 use crate::hypercall::RetargetInterrupt;
 use crate::mem::GuestRam;
+use crate::pviommu::{DmaFault, IommuMode, PvIommu};
 use crate::vmbus::ring::{PacketKind, Reservation, RingError};
 use crate::vmbus::{ChannelDevice, ChannelIdentity, OpenError, OpenedChannel, RingsState};
 use crate::vmm::{Doorbells, MsiSink, Trigger, Worker, WorkerHost};
@@ -51,6 +52,8 @@ pub struct BusHost {
     pub apic_ids: Arc<[u32]>,
     /// Doorbells, where the host has them.
     pub doorbells: Option<Arc<dyn Doorbells>>,
+    /// The VM's pvIOMMU, if it has one.
+    pub iommu: Option<Arc<PvIommu>>,
 }
 
 /// Why a bus cannot be.
@@ -69,6 +72,12 @@ pub enum BusError {
     #[error("two functions have the number {number}")]
     DuplicateFunction {
         /// The number.
+        number: u8,
+    },
+    /// A function is to be behind a pvIOMMU that the VM does not have.
+    #[error("function {number} is to be behind a pvIOMMU, but the VM has none")]
+    NoIommu {
+        /// Function number.
         number: u8,
     },
     /// A device describes itself in an impossible way.
@@ -124,6 +133,10 @@ pub struct FunctionReport {
     pub refused_bars: u64,
     /// Counts of DMA.
     pub dma: DmaCounters,
+    /// The last DMA access that did not translate.
+    pub last_fault: Option<DmaFault>,
+    /// Whether it is behind the pvIOMMU.
+    pub iommu: IommuMode,
 }
 
 /// An open channel.
@@ -169,7 +182,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Builds a bus of devices, each with its function number, 0 to 7. Connects the devices, and
+    /// Builds a bus of devices. Connects the devices, and
     /// has `workers` adopt the bus's worker. The caller offers the bus as a channel.
     ///
     /// # Errors
@@ -177,7 +190,7 @@ impl Bus {
     /// [`BusError`]; devices may have been connected by then.
     pub fn new(
         config: BusConfig,
-        functions: Vec<(u8, Arc<dyn PciFunction>)>,
+        functions: Vec<FunctionSpec>,
         host: BusHost,
         workers: &dyn WorkerHost,
     ) -> Result<Arc<Self>, BusError> {
@@ -188,7 +201,19 @@ impl Bus {
             apic_ids: host.apic_ids,
             doorbells: host.doorbells,
         };
-        let functions = Arc::new(plug(functions, &slot_host)?);
+        let instance = config.instance;
+        let link = |spec: &FunctionSpec| match (spec.iommu, &host.iommu) {
+            (IommuMode::Off, _) => Ok(None),
+            (_, None) => Err(BusError::NoIommu {
+                number: spec.number,
+            }),
+            (mode, Some(iommu)) => Ok(Some(IommuLink {
+                iommu: iommu.clone(),
+                id: LogicalDeviceId::new(&instance, spec.number),
+                mode,
+            })),
+        };
+        let functions = Arc::new(plug(functions, &slot_host, link)?);
         let bus = Arc::new(Self {
             config,
             core: BusCore {
@@ -216,6 +241,25 @@ impl Bus {
     pub fn ids(&self) -> Vec<LogicalDeviceId> {
         let slots = self.core.functions();
         slots.map(|slot| self.id(slot.number)).collect()
+    }
+
+    /// The functions as the pvIOMMU must know them: those behind it with their DMA ports.
+    pub(crate) fn iommu_devices(
+        &self,
+    ) -> impl Iterator<Item = (LogicalDeviceId, IommuMode, Option<Arc<DmaPort>>)> {
+        self.core.functions().map(|slot| {
+            let mode = slot.iommu_mode();
+            let port = (mode != IommuMode::Off).then(|| slot.dma.clone());
+            (self.id(slot.number), mode, port)
+        })
+    }
+
+    /// The bus is being removed: it has no say in the pvIOMMU any more, where its ids may soon be
+    /// those of others.
+    pub(crate) fn leave_iommu(&self) {
+        for slot in self.core.functions() {
+            slot.leave_iommu();
+        }
     }
 
     fn id(&self, number: u8) -> LogicalDeviceId {
@@ -284,6 +328,8 @@ impl Bus {
             bars: slot.mapped_bars(),
             refused_bars: slot.refused_bars(),
             dma: slot.dma.counters(),
+            last_fault: slot.dma.last_fault(),
+            iommu: slot.iommu_mode(),
         });
         BusReport {
             instance: self.config.instance,
@@ -398,20 +444,25 @@ impl Open {
 
 /// Plugs devices into their slots.
 fn plug(
-    mut devices: Vec<(u8, Arc<dyn PciFunction>)>,
+    mut specs: Vec<FunctionSpec>,
     host: &SlotHost,
+    link: impl Fn(&FunctionSpec) -> Result<Option<IommuLink>, BusError>,
 ) -> Result<Functions, BusError> {
-    devices.sort_by_key(|(number, _)| *number);
-    let multi_function = devices.len() > 1;
+    specs.sort_by_key(|spec| spec.number);
+    let multi_function = specs.len() > 1;
     let mut functions = Functions::default();
-    for (number, device) in devices {
+    for spec in specs {
+        let number = spec.number;
         let place = functions
             .get_mut(usize::from(number))
             .ok_or(BusError::FunctionNumber { number })?;
         if place.is_some() {
             return Err(BusError::DuplicateFunction { number });
         }
-        let slot = FunctionSlot::new(number, multi_function && number == 0, device.clone(), host);
+        let link = link(&spec)?;
+        let device = spec.device;
+        let first = multi_function && number == 0;
+        let slot = FunctionSlot::new(number, first, device.clone(), host, link);
         *place = Some(slot.map_err(|source| BusError::Layout {
             number,
             kind: device.layout().kind,

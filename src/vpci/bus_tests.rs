@@ -5,6 +5,7 @@ use crate::hv::vpci as wire;
 use crate::hv::vpci::MessageType as T;
 use crate::hypercall::VpSet;
 use crate::vmm::Msi;
+use crate::vpci::function::PciFunction;
 use proptest::prelude::*;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -365,7 +366,8 @@ fn impossible_buses_are_refused_with_the_reason() {
     let ram = crate::vmbus::ring::guest::ram(4);
     let make = |numbers: &[u8]| {
         let device = |_: &u8| -> Arc<dyn PciFunction> { TestDevice::new(1, &workers).unwrap() };
-        let functions = numbers.iter().map(|n| (*n, device(n))).collect();
+        let specs = numbers.iter().map(|n| FunctionSpec::new(*n, device(n)));
+        let functions = specs.collect();
         let config = BusConfig {
             instance: INSTANCE,
             numa_node: None,

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::dma::Dma;
+use crate::pviommu::IommuMode;
 
 /// Number of base address registers in a type 0 header.
 pub const BAR_COUNT: usize = 6;
@@ -126,6 +127,35 @@ pub struct DoorbellRegister {
     pub data: Option<u64>,
     /// The eventfd to ring.
     pub eventfd: OwnedFd,
+}
+
+/// A function to plug in.
+#[derive(Debug, Clone)]
+pub struct FunctionSpec {
+    /// Function number, 0 to 7.
+    pub number: u8,
+    /// The device.
+    pub device: Arc<dyn PciFunction>,
+    /// Whether it is behind the VM's pvIOMMU.
+    pub iommu: IommuMode,
+}
+
+impl FunctionSpec {
+    /// `device` as function `number`, not behind a pvIOMMU.
+    pub fn new(number: u8, device: Arc<dyn PciFunction>) -> Self {
+        Self {
+            number,
+            device,
+            iommu: IommuMode::Off,
+        }
+    }
+
+    /// The same, plugged in as `iommu` says.
+    #[must_use]
+    pub fn with_iommu(mut self, iommu: IommuMode) -> Self {
+        self.iommu = iommu;
+        self
+    }
 }
 
 /// What the bus gives a function when it is plugged in.

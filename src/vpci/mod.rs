@@ -37,7 +37,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 mod assignment;
 pub mod bus;
 mod config;
-pub mod device_id;
 pub mod function;
 pub mod interrupts;
 pub mod layout;
@@ -50,8 +49,8 @@ mod state;
 pub(crate) mod testing;
 mod window;
 
+pub use crate::device_id::{self, LogicalDeviceId};
 pub use bus::{Bus, BusConfig, BusError, BusHost, BusReport, FunctionReport};
-pub use device_id::LogicalDeviceId;
 pub use mmio::{MmioError, MmioSpace};
 pub use protocol::ProtocolCounters;
 pub use state::{BusState, FunctionState, RestoreError};

@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use super::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
 use super::function::{
@@ -19,8 +19,10 @@ use super::interrupts::Interrupts;
 use super::layout::{self, LayoutError};
 use super::lock;
 use super::mmio::{MmioHandler, MmioRegion, MmioSpace};
+use crate::device_id::LogicalDeviceId;
 use crate::dma::{Dma, DmaPort};
 use crate::mem::{GuestRam, PAGE_SIZE};
+use crate::pviommu::{IommuMode, PvIommu};
 use crate::vmm::{Doorbell, Doorbells, MsiSink};
 
 /// What a function needs of its surroundings.
@@ -31,6 +33,14 @@ pub(crate) struct SlotHost {
     pub(crate) msi: Arc<dyn MsiSink>,
     pub(crate) apic_ids: Arc<[u32]>,
     pub(crate) doorbells: Option<Arc<dyn Doorbells>>,
+}
+
+/// A function's place behind the pvIOMMU.
+#[derive(Debug, Clone)]
+pub(crate) struct IommuLink {
+    pub(crate) iommu: Arc<PvIommu>,
+    pub(crate) id: LogicalDeviceId,
+    pub(crate) mode: IommuMode,
 }
 
 /// Where the function is, guarded by the placement lock, which also serialises writes to the
@@ -77,6 +87,10 @@ pub(crate) struct FunctionSlot {
     /// The guest has had the function in its hands since the last reset.
     dirty: AtomicBool,
     refused_bars: AtomicU64,
+    /// Absent for a function that is not behind a pvIOMMU.
+    link: Option<IommuLink>,
+    /// The pvIOMMU knows this function by its id.
+    linked: AtomicBool,
 }
 
 impl FunctionSlot {
@@ -90,6 +104,7 @@ impl FunctionSlot {
         multi_function: bool,
         device: Arc<dyn PciFunction>,
         host: &SlotHost,
+        link: Option<IommuLink>,
     ) -> Result<Arc<Self>, LayoutError> {
         let layout = device.layout();
         layout::validate(&layout)?;
@@ -98,12 +113,18 @@ impl FunctionSlot {
         for register in &doorbell_registers {
             check_doorbell(&layout, register)?;
         }
-        let dma = DmaPort::new(host.ram.clone());
+        let ram = host.ram.clone();
+        let dma = match &link {
+            Some(link) => DmaPort::behind_iommu(ram, link.iommu.port_settings(link.id)),
+            None => DmaPort::new(ram),
+        };
         let interrupts = Arc::new(Interrupts::new(
             &layout,
             host.apic_ids.clone(),
             host.msi.clone(),
         ));
+        let messages: Weak<Interrupts> = Arc::downgrade(&interrupts);
+        dma.set_message_target(messages);
         device.connect(FunctionResources {
             dma: Dma::new(dma.clone()),
             interrupts: interrupts.clone(),
@@ -121,6 +142,8 @@ impl FunctionSlot {
             placement: Mutex::default(),
             dirty: AtomicBool::new(false),
             refused_bars: AtomicU64::new(0),
+            link,
+            linked: AtomicBool::new(true),
         }))
     }
 
@@ -156,10 +179,25 @@ impl FunctionSlot {
         }
     }
 
+    /// Whether the function is behind the pvIOMMU.
+    pub(crate) fn iommu_mode(&self) -> IommuMode {
+        self.link.as_ref().map_or(IommuMode::Off, |link| link.mode)
+    }
+
+    /// The pvIOMMU hears nothing of this function from now on.
+    pub(crate) fn leave_iommu(&self) {
+        self.linked.store(false, Ordering::Release);
+    }
+
     /// Lets the guest at the function, or takes it away without a reset.
     pub(crate) fn set_powered(&self, powered: bool) {
         if powered {
             self.dirty.store(true, Ordering::Release);
+            if let Some(link) = &self.link
+                && self.linked.load(Ordering::Acquire)
+            {
+                link.iommu.power_on(link.id);
+            }
         }
         lock(&self.placement).powered = powered;
     }

@@ -146,7 +146,7 @@ fn rig_of(device: Probe) -> Rig {
     };
     let device = Arc::new(device);
     Rig {
-        slot: FunctionSlot::new(0, false, device.clone(), &host).unwrap(),
+        slot: FunctionSlot::new(0, false, device.clone(), &host, None).unwrap(),
         device,
         board,
         msi,

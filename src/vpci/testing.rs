@@ -10,7 +10,7 @@ use uuid::{Uuid, uuid};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::bus::{Bus, BusConfig, BusHost};
-use super::function::PciFunction;
+use super::function::{FunctionSpec, PciFunction};
 use super::lock;
 use super::mmio::MmioSpace;
 use crate::hv::vpci as wire;
@@ -148,7 +148,16 @@ pub(crate) fn host(ram: &GuestRam, msi: &Arc<MsiLog>) -> BusHost {
         msi: msi.clone(),
         apic_ids: Arc::from([0, 2, 4, 6]),
         doorbells: None,
+        iommu: None,
     }
+}
+
+/// Functions behind no pvIOMMU.
+pub(crate) fn specs(functions: Vec<(u8, Arc<dyn PciFunction>)>) -> Vec<FunctionSpec> {
+    let specs = functions.into_iter();
+    specs
+        .map(|(n, device)| FunctionSpec::new(n, device))
+        .collect()
 }
 
 impl Guest {
@@ -170,7 +179,7 @@ impl Guest {
         Self {
             to_host: GuestRing::new(&ram, &TO_HOST),
             to_guest: GuestRing::new(&ram, &TO_GUEST),
-            bus: Bus::new(config, functions, host, &*workers).unwrap(),
+            bus: Bus::new(config, specs(functions), host, &*workers).unwrap(),
             interrupted: Arc::default(),
             ram,
             mmio,

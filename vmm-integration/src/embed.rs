@@ -23,10 +23,11 @@ use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
 use vm_vpci::kvm::{self, HostSupport, KvmDoorbells, KvmMsiSink};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::{DEFAULT_HYPERCALL_PORT, MsrEffect};
+use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
 use vm_vpci::vpci::function::PciFunction;
-use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
 use crate::counters;
 use crate::error::Error;
@@ -45,6 +46,8 @@ pub(crate) struct Functions {
     workers: Arc<EventLoop>,
     buses: Vec<BusSpec>,
     disks: Vec<Arc<Blk>>,
+    /// Some function is behind the pvIOMMU, so there has to be one.
+    iommu: bool,
 }
 
 impl Functions {
@@ -61,10 +64,16 @@ impl Functions {
             workers: Arc::new(workers),
             buses: Vec::new(),
             disks: Vec::new(),
+            iommu: placed.iter().any(|function| function.iommu),
         };
         for function in placed {
             let device = functions.device(function, cpus)?;
-            functions.put(function.bus, function.function, device);
+            let mode = match function.iommu {
+                true => IommuMode::On,
+                false => IommuMode::Off,
+            };
+            let spec = FunctionSpec::new(function.function, device).with_iommu(mode);
+            functions.put(function.bus, spec);
         }
         Ok(functions)
     }
@@ -82,7 +91,7 @@ impl Functions {
                     file: path.clone(),
                     readonly: *readonly,
                     queues: queues.unwrap_or(cpus.into()).min(MAX_BLK_QUEUES),
-                    iommu: false,
+                    iommu: placed.iommu,
                     id: format!("vpci-{id:08x}"),
                 };
                 let disk = Blk::new(config, &*self.workers).map_err(Error::Disk)?;
@@ -93,16 +102,21 @@ impl Functions {
                 let serial = logical_id(placed.bus, placed.function);
                 Ok(TestDevice::new(serial, &*self.workers).map_err(refused)?)
             }
-            Kind::Rng => Ok(Rng::new(RngConfig::default(), &*self.workers).map_err(refused)?),
+            Kind::Rng => {
+                let config = RngConfig {
+                    iommu: placed.iommu,
+                };
+                Ok(Rng::new(config, &*self.workers).map_err(refused)?)
+            }
         }
     }
 
-    fn put(&mut self, instance: Uuid, number: u8, device: Arc<dyn PciFunction>) {
+    fn put(&mut self, instance: Uuid, function: FunctionSpec) {
         match self.buses.iter_mut().find(|bus| bus.instance == instance) {
-            Some(bus) => bus.functions.push((number, device)),
+            Some(bus) => bus.functions.push(function),
             None => self.buses.push(BusSpec {
                 instance,
-                functions: vec![(number, device)],
+                functions: vec![function],
             }),
         }
     }
@@ -146,6 +160,10 @@ impl Embedding {
             mmio: vec![window(LOW_WINDOW), window(layout.high_window)],
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: VmBusConfig::default(),
+            iommu: functions.iommu.then(|| IommuConfig {
+                physical_bits: layout.address_bits,
+                ..IommuConfig::default()
+            }),
         };
         let host = PartitionHost {
             ram: GuestRam::new(GuestMemoryAtomic::new(ram.clone())),

@@ -91,6 +91,8 @@ pub(crate) struct Layout {
     pub(crate) high_ram: u64,
     /// Window above RAM for 64-bit BARs.
     pub(crate) high_window: Range,
+    /// Width of a guest physical address.
+    pub(crate) address_bits: u8,
 }
 
 impl Layout {
@@ -116,6 +118,7 @@ impl Layout {
             low_ram,
             high_ram,
             high_window: Range { start, size },
+            address_bits: address_bits.min(52),
         })
     }
 

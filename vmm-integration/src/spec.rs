@@ -50,6 +50,8 @@ pub(crate) struct FunctionSpec {
     pub(crate) bus: Option<Uuid>,
     /// Function number on the bus, 0 to 7.
     pub(crate) function: u8,
+    /// The function is behind the pvIOMMU.
+    pub(crate) iommu: bool,
 }
 
 /// One function with its final place.
@@ -61,6 +63,8 @@ pub(crate) struct PlacedFunction {
     pub(crate) bus: Uuid,
     /// Function number on the bus, 0 to 7.
     pub(crate) function: u8,
+    /// The function is behind the pvIOMMU.
+    pub(crate) iommu: bool,
 }
 
 /// Why a SPEC, or the SPECs together, were refused.
@@ -159,15 +163,15 @@ impl FromStr for FunctionSpec {
         let mut values = Values::collect(words)?;
         let kind = match kind {
             "blk" => {
-                values.allow("blk", &["path", "readonly", "queues", "bus", "fn"])?;
+                values.allow("blk", &["path", "readonly", "queues", "bus", "fn", "iommu"])?;
                 parse_blk(&mut values)?
             }
             "rng" => {
-                values.allow("rng", &["bus", "fn"])?;
+                values.allow("rng", &["bus", "fn", "iommu"])?;
                 Kind::Rng
             }
             "testdev" => {
-                values.allow("testdev", &["bus", "fn"])?;
+                values.allow("testdev", &["bus", "fn", "iommu"])?;
                 Kind::Testdev
             }
             other => {
@@ -183,6 +187,7 @@ impl FromStr for FunctionSpec {
             kind,
             bus: values.take("bus").map(|v| parse_bus(&v)).transpose()?,
             function,
+            iommu: values.switch("iommu")?,
         })
     }
 }
@@ -195,11 +200,7 @@ fn parse_blk(values: &mut Values) -> Result<Kind, SpecError> {
         Some(value) => PathBuf::from(value),
         None => return Err(SpecError::MissingPath),
     };
-    let readonly = match values.take("readonly").as_deref() {
-        None | Some("off") => false,
-        Some("on") => true,
-        Some(value) => return Err(bad_value("readonly", value, "on or off")),
-    };
+    let readonly = values.switch("readonly")?;
     let queues = values
         .take("queues")
         .map(|v| parse_number("queues", &v, 1, MAX_QUEUES, "a number of queues, 1 to 64"))
@@ -279,6 +280,15 @@ impl Values {
         }
     }
 
+    /// Takes `on` or `off`, which is what a key that is not given means.
+    fn switch(&mut self, key: &'static str) -> Result<bool, SpecError> {
+        match self.take(key).as_deref() {
+            None | Some("off") => Ok(false),
+            Some("on") => Ok(true),
+            Some(value) => Err(bad_value(key, value, "on or off")),
+        }
+    }
+
     fn take(&mut self, key: &str) -> Option<String> {
         let index = self.0.iter().position(|(name, _)| name == key)?;
         Some(self.0.remove(index).1)
@@ -323,6 +333,7 @@ pub(crate) fn place(specs: &[FunctionSpec]) -> Result<Vec<PlacedFunction>, SpecE
                 default_bus(free.next().unwrap_or(FIRST_DOMAIN))
             }),
             function: spec.function,
+            iommu: spec.iommu,
         })
         .collect();
     check(&placed)?;
@@ -384,7 +395,7 @@ mod tests {
     #[test]
     fn a_full_blk_spec_is_read_field_by_field() {
         let spec = parse(&format!(
-            "blk,path=/a b/d.img,readonly=on,queues=4,bus={BUS},fn=1"
+            "blk,path=/a b/d.img,readonly=on,queues=4,bus={BUS},fn=1,iommu=on"
         ));
         assert_eq!(
             spec.unwrap(),
@@ -396,6 +407,7 @@ mod tests {
                 },
                 bus: Some(Uuid::try_parse(BUS).unwrap()),
                 function: 1,
+                iommu: true,
             }
         );
     }
@@ -404,6 +416,8 @@ mod tests {
     fn defaults_are_writable_function_zero_and_no_bus() {
         let spec = parse("blk,path=d").unwrap();
         assert_eq!((spec.bus, spec.function), (None, 0));
+        assert!(!spec.iommu);
+        assert!(!parse("rng,iommu=off").unwrap().iommu);
         let Kind::Blk {
             readonly, queues, ..
         } = spec.kind
@@ -427,6 +441,7 @@ mod tests {
         assert!(message("blk,path=x,queues=0").contains("'0' for 'queues'"));
         assert!(message("blk,path=x,queues=65").contains("'65' for 'queues'"));
         assert!(message("blk,path=x,path=y").contains("'path' is given twice"));
+        assert!(message("testdev,iommu=1").contains("'1' for 'iommu'"));
         assert!(message("rng,fn=8").contains("'8' for 'fn'"));
         assert!(message("rng,oops").contains("'oops' is not KEY=VALUE"));
         assert!(message("rng,").contains("'' is not KEY=VALUE"));
@@ -530,6 +545,7 @@ mod tests {
                     kind: Kind::Rng,
                     bus: (bus & 1 == 1).then(|| default_bus(u16::from(bus >> 4) + 1)),
                     function,
+                    iommu: false,
                 })
                 .collect();
             if let Ok(placed) = place(&specs) {

@@ -241,7 +241,7 @@ fn a_state_does_not_fit_a_partition_with_another_bus() {
     let device = TestDevice::new(3, &*guest.host).unwrap();
     let spec = BusSpec {
         instance: uuid!("00000003-0002-0003-8000-000000000000"),
-        functions: vec![(0, device)],
+        functions: vec![FunctionSpec::new(0, device)],
     };
     guest.partition.plug(spec).unwrap();
     let error = guest.partition.restore(&state).unwrap_err();

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 
 use super::config::{MsiRegisters, MsixControl};
 use super::function::{FunctionLayout, InterruptLines};
+use crate::dma::MessageTarget;
 use crate::vmm::MsiSink;
 
 use super::lock;
@@ -291,6 +292,13 @@ impl Interrupts {
             &counters.suppressed
         };
         count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A device that writes its messages itself, instead of raising vectors, reaches the same handles.
+impl MessageTarget for Interrupts {
+    fn message(&self, address: u64, data: u32) -> bool {
+        self.handles.raise(address, data, &*self.sink)
     }
 }
 

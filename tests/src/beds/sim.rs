@@ -20,7 +20,7 @@ use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::vmm::{MonotonicClock, Msi, MsiSink};
 use vm_vpci::vpci::bus::BusReport;
-use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
 use super::workers::Workers;
 use crate::bed::{Bed, BedKind, BootError, Machine};
@@ -176,6 +176,7 @@ impl SimVm {
             features: setup.features,
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: setup.vmbus,
+            iommu: None,
         };
         let services = PartitionHost {
             ram: ram.clone(),
@@ -332,7 +333,7 @@ impl Host for SimVm {
             let made = function
                 .make(&*self.workers)
                 .map_err(|error| refused(&error))?;
-            functions.push((function.number, made));
+            functions.push(FunctionSpec::new(function.number, made));
         }
         let spec = BusSpec {
             instance: bus.instance,

@@ -23,7 +23,7 @@ use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
 use vm_vpci::vpci::bus::BusReport;
-use vm_vpci::{BusSpec, Partition, PartitionConfig, PartitionHost};
+use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 use vpci_puppet::layout::MAX_VPS;
 
 use self::guest::{KvmGuest, Parts};
@@ -105,6 +105,7 @@ impl KvmMachine {
             features: setup.features,
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: setup.vmbus,
+            iommu: None,
         };
         let partition_host = PartitionHost {
             ram: ram.clone(),
@@ -149,7 +150,7 @@ fn text(error: impl std::error::Error) -> String {
 fn plug(partition: &Partition, workers: &Workers, bus: &BusSetup) -> Result<(), String> {
     let functions = bus.functions.iter().map(|function| {
         let device = function.make(workers)?;
-        Ok((function.number, device))
+        Ok(FunctionSpec::new(function.number, device))
     });
     let functions = functions
         .collect::<std::io::Result<_>>()

@@ -24,6 +24,16 @@ impl LogicalDeviceId {
         Self(device_id as u32)
     }
 
+    /// The id that a device domain call carries (docs/spec/pviommu.md#pviommu-1): a logical device
+    /// whose upper half is zero, or all ones when bit 31 is set, as older drivers computed it in a
+    /// signed variable. `None` for anything else.
+    pub fn from_domain_call(device_id: u64) -> Option<Self> {
+        let id = device_id as u32;
+        let upper = (device_id >> 32) as u32;
+        let extended = upper == u32::MAX && id >> 31 != 0;
+        (upper == 0 || extended).then_some(Self(id))
+    }
+
     /// The id, zero-extended.
     pub fn code(self) -> u64 {
         u64::from(self.0)
@@ -71,6 +81,20 @@ mod tests {
             LogicalDeviceId::from_retarget(0x9234_ab79)
         );
         assert_eq!(LogicalDeviceId::from_retarget(0x9234_ab79), id);
+    }
+
+    #[test]
+    fn domain_calls_take_a_zero_upper_half_or_a_true_sign_extension() {
+        let parse = |id| LogicalDeviceId::from_domain_call(id).map(LogicalDeviceId::code);
+        assert_eq!(parse(0x1234_ab79), Some(0x1234_ab79));
+        assert_eq!(parse(0x9234_ab79), Some(0x9234_ab79));
+        assert_eq!(parse(0xffff_ffff_9234_ab79), Some(0x9234_ab79));
+        // A sign that the lower half does not have.
+        assert_eq!(parse(0xffff_ffff_1234_ab79), None);
+        // Other device types, in bits 63:62, and ids that are too long.
+        for upper in [1, 0x4000_0000, 0x8000_0000, 0xc000_0000, 0xffff_fffe_u64] {
+            assert_eq!(parse(upper << 32 | 0x9234_ab79), None, "{upper:#x}");
+        }
     }
 
     #[test]
