@@ -35,6 +35,7 @@ pub(crate) fn run(cmdline: &str) -> Result<End> {
         }
         Err(error) => {
             say(&format!("{FAIL_PREFIX}{error:#}"));
+            system::show_blocked();
             guest.report.failures.push(format!("{error:#}"));
             End::PowerOff
         }

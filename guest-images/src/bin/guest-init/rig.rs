@@ -178,6 +178,10 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
         }
     }
     let failures = judge::failures(&evidence);
+    if !failures.is_empty() {
+        let text = fs::read_to_string(files.report()).unwrap_or_default();
+        say(&format!("vpci: the VMM's report: {}", text.trim()));
+    }
     Ok(RunVerdict {
         name: run.name.clone(),
         pass: failures.is_empty(),

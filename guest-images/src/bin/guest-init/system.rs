@@ -73,6 +73,18 @@ pub(crate) fn say(line: &str) {
     put(format!("{line}\n").as_bytes());
 }
 
+/// Has the kernel print the tasks that wait for something, and what each CPU does: for whoever
+/// looks into a failure. Best effort, for the run has failed already.
+pub(crate) fn show_blocked() {
+    let _ = write_text("/proc/sys/kernel/printk", "8");
+    for command in ["w", "l"] {
+        let _ = write_text("/proc/sysrq-trigger", command);
+    }
+    if let Ok(text) = read_text("/proc/interrupts") {
+        say(&text);
+    }
+}
+
 /// Names the step that begins: on the console, and for the watchdog.
 pub(crate) fn step(name: impl Into<String>) {
     let name = name.into();
