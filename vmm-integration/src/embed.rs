@@ -151,7 +151,12 @@ impl Embedding {
             .any_length_doorbells
             .then(|| Arc::new(KvmDoorbells::new(vm.clone())) as _);
         let window = |range: Range| range.start..range.end();
-        let features = Features::default();
+        let features = Features {
+            // Linux up to 6.1 prefers this counter to the invariant TSC, and each look at the time
+            // is an exit then (docs/decisions.md, D-018).
+            reference_counter: false,
+            ..Features::default()
+        };
         let config = PartitionConfig {
             apic_ids: (0..vcpus.len() as u32).collect(),
             features,
