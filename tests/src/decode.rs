@@ -149,7 +149,7 @@ pub fn vmbus(message: &[u8]) -> String {
             "relid {} gpadl {} [{}]",
             word(8),
             word(12),
-            hex(&message[16..])
+            hex(message.get(16..).unwrap_or_default())
         ),
         10 => format!("relid {} gpadl {} status {}", word(8), word(12), word(16)),
         11 => format!("relid {} gpadl {}", word(8), word(12)),
@@ -240,6 +240,13 @@ mod tests {
         );
         assert_eq!(vmbus(&[1, 2]), "short message [0102]");
         assert!(vmbus(&[0xff; 240]).starts_with("type 0xffffffff"));
+        for number in 0..40 {
+            for len in 8..64 {
+                let mut cut = vec![number, 0, 0, 0];
+                cut.resize(len, 0);
+                assert!(vmbus(&cut).contains("bytes)"), "{number} of {len}");
+            }
+        }
         assert!(vmbus(&[5, 0, 0, 0, 0, 0, 0, 0]).contains("cut"));
         let d0 = packet(6, true, &0x4249_0007u32.to_le_bytes());
         assert!(d0.starts_with("BUS_D0ENTRY"), "{d0}");

@@ -13,12 +13,14 @@ pub mod discovery;
 pub mod hypercall;
 pub mod journey;
 pub mod synic;
+pub mod vmbus;
 
 /// Areas in the order in which they run: from the bottom up.
 pub const AREAS: &[&[&[Check]]] = &[
     &discovery::CHECKS,
     &hypercall::CHECKS,
     &synic::CHECKS,
+    &vmbus::CHECKS,
     &journey::CHECKS,
 ];
 

@@ -1,7 +1,7 @@
 //! An open channel.
 #![forbid(unsafe_code)]
 
-use super::{Offer, VmBus};
+use super::{Offer, Open, VmBus};
 use crate::check::{Failure, equal};
 use crate::model::kernel::{VMBUS_SINT, status};
 use crate::model::ring::{Packet, Ring};
@@ -23,6 +23,19 @@ pub struct Channel {
 }
 
 impl Channel {
+    /// The channel that the host has opened for `open`, its rings over these pages.
+    pub fn new(vmbus: &VmBus, offer: &Offer, open: &Open, rings: [&[u64]; 2]) -> Self {
+        let [to_host, to_guest] = rings.map(|pfns| Ring::new(vmbus.vm(), pfns));
+        Self {
+            vmbus: vmbus.clone(),
+            offer: offer.clone(),
+            vp: open.vp,
+            gpadl: open.gpadl,
+            to_host,
+            to_guest,
+        }
+    }
+
     /// The driver.
     pub fn vmbus(&self) -> &VmBus {
         &self.vmbus
