@@ -6,6 +6,7 @@
 //! | [`host`] | what a VM is made of, and what its operator can do |
 //! | [`bed`], [`beds`] | where a guest runs: `sim` without any CPU, and real ones |
 //! | [`model`] | a guest on that trait: kernel, VMBus, bus and device drivers |
+//! | [`devices`] | what is plugged in where `testdev` does not do |
 //! | [`check`], [`checks`] | a check, its verdict, how it fails; all of them, by area |
 //! | [`runner`], [`report`] | runs checks and keeps the results; the formats of a report |
 //! | [`trace`], [`decode`] | what was exchanged last, in words |
@@ -17,6 +18,7 @@ pub mod beds;
 pub mod check;
 pub mod checks;
 pub mod decode;
+pub mod devices;
 pub mod guest;
 pub mod host;
 pub mod model;

@@ -14,6 +14,7 @@ pub mod hypercall;
 pub mod journey;
 pub mod synic;
 pub mod vmbus;
+pub mod vpci;
 
 /// Areas in the order in which they run: from the bottom up.
 pub const AREAS: &[&[&[Check]]] = &[
@@ -21,6 +22,7 @@ pub const AREAS: &[&[&[Check]]] = &[
     &hypercall::CHECKS,
     &synic::CHECKS,
     &vmbus::CHECKS,
+    &vpci::CHECKS,
     &journey::CHECKS,
 ];
 
