@@ -179,7 +179,7 @@ fn list() -> String {
 /// Times that continuous integration starts a scenario before it counts as failed. The emulated
 /// machine below can break a guest (docs/testing.md, "What the emulator can break"); a defect in
 /// what is tested shows each time.
-const ATTEMPTS: u32 = 2;
+const ATTEMPTS: u32 = 3;
 
 /// Runs scenarios for continuous integration; prints a table for each round.
 pub(crate) fn run_scenarios(selected: &[Scenario], limits: Limits) -> Result<()> {
