@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 use crate::hv::cpuid as hv;
+use crate::hypercall::KernelCalls;
 
 /// What is offered to the guest beyond the mandatory interface. CPUID ([`leaves`]), the MSRs
 /// ([`crate::msr::PartitionMsrs`]) and the hypercall dispatcher must be given the same features.
@@ -131,6 +132,28 @@ pub fn leaves(config: &CpuidConfig) -> Vec<CpuidLeaf> {
     ]
 }
 
+/// Recommends the calls that the host's kernel answers, in `leaves` as [`leaves`] made them.
+///
+/// AutoEOI stays deprecated, although KVM's SynIC has it: it forces slow interrupt paths on the host
+/// (docs/spec/hyperv-guest-interface.md#hyperv-guest-interface-1-3).
+pub fn recommend_kernel_calls(leaves: &mut [CpuidLeaf], calls: &KernelCalls) {
+    use hv::Recommendations;
+    let mut hints = Recommendations::empty();
+    hints.set(Recommendations::REMOTE_TLB_FLUSH, calls.flush);
+    hints.set(Recommendations::CLUSTER_IPI, calls.send_ipi);
+    // One bit for both kinds of calls.
+    let sparse = calls.flush && calls.send_ipi;
+    hints.set(Recommendations::EX_PROCESSOR_MASKS, sparse);
+    for leaf in leaves {
+        if leaf.function == hv::LEAF_RECOMMENDATIONS {
+            leaf.eax |= hints.bits();
+            if calls.spin_wait {
+                leaf.ebx = hv::SPIN_ATTEMPTS;
+            }
+        }
+    }
+}
+
 fn empty(function: u32) -> CpuidLeaf {
     CpuidLeaf {
         function,
@@ -216,6 +239,37 @@ mod tests {
         for function in 0x4000_0000..=max {
             leaf(Features::default(), function);
         }
+    }
+
+    #[test]
+    fn calls_of_the_kernel_are_recommended_one_by_one() {
+        let with = |flush, send_ipi, spin_wait| {
+            let config = CpuidConfig {
+                vp_count: 1,
+                features: Features::default(),
+                iommu: false,
+            };
+            let mut all = leaves(&config);
+            let plain = all.clone();
+            let calls = KernelCalls {
+                instruction: crate::hypercall::CallInstruction::Vmmcall,
+                flush,
+                send_ipi,
+                spin_wait,
+                signal_event: true,
+            };
+            recommend_kernel_calls(&mut all, &calls);
+            let changed: Vec<_> = all.iter().zip(&plain).filter(|(a, b)| a != b).collect();
+            assert!(changed.iter().all(|(leaf, _)| leaf.function == 0x4000_0004));
+            let leaf = all.iter().find(|leaf| leaf.function == 0x4000_0004);
+            leaf.map(|leaf| (leaf.eax, leaf.ebx)).expect("leaf present")
+        };
+        let base = 1 << 5 | 1 << 9;
+        assert_eq!(with(false, false, false), (base, !0));
+        assert_eq!(with(true, false, false), (base | 1 << 2, !0));
+        assert_eq!(with(false, true, true), (base | 1 << 10, 0xfff));
+        let all = base | 1 << 2 | 1 << 10 | 1 << 11;
+        assert_eq!(with(true, true, true), (all, 0xfff));
     }
 
     #[test]

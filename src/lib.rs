@@ -120,5 +120,5 @@ pub mod vmbus;
 pub mod vmm;
 pub mod vpci;
 
-pub use partition::{BusSpec, Partition, PartitionConfig, PartitionHost};
+pub use partition::{BusSpec, KernelMode, Partition, PartitionConfig, PartitionHost};
 pub use vpci::function::FunctionSpec;

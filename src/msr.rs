@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::cpuid::Features;
 use crate::hv::msr;
-use crate::hypercall::VpSet;
+use crate::hypercall::{PageCode, VpSet};
 use crate::mem::{GuestRam, PAGE_SIZE};
 use crate::vmm::Clock;
 
@@ -33,6 +33,11 @@ pub enum MsrEffect {
     TscInvariant(u64),
 }
 
+/// Writes a register that the guest has written to the copy that the host's kernel keeps for the
+/// same VP: number and value. Called under the locks of the register, so that both copies change in
+/// the same order: a leaf, which must not block or call back.
+pub type ForwardMsr<'a> = &'a mut dyn FnMut(u32, u64);
+
 /// Default port of the hypercall page: no device of a PC sits on it.
 pub const DEFAULT_HYPERCALL_PORT: u8 = 0x8d;
 
@@ -42,15 +47,6 @@ const UNUSABLE_PORTS: [u8; 3] = [0x7e, 0x80, 0xed];
 
 /// Bytes of a page.
 const PAGE: usize = PAGE_SIZE as usize;
-
-/// Bytes that the guest calls: ENDBR64; OUT port, EAX; near RET. The rest of the page is INT3
-/// (docs/spec/kvm.md, section 6.1).
-fn page_code(port: u8) -> [u8; 7] {
-    [0xf3, 0x0f, 0x1e, 0xfa, 0xe7, port, 0xc3]
-}
-
-/// Byte behind the code of the hypercall page: INT3.
-const PAGE_FILL: u8 = 0xcc;
 
 /// Fixed facts about the partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,6 +174,7 @@ impl Registers {
 #[derive(Debug)]
 pub struct PartitionMsrs {
     config: MsrConfig,
+    code: PageCode,
     ram: GuestRam,
     clock: Arc<dyn Clock>,
     registers: Mutex<Registers>,
@@ -204,11 +201,19 @@ impl PartitionMsrs {
         }
         Ok(Self {
             config,
+            code: PageCode::plain(port),
             ram,
             clock,
             registers: Mutex::new(Registers::new(config.vp_count)),
             hypercalls: AtomicBool::new(false),
         })
+    }
+
+    /// The same, with other code in the hypercall page, which falls back on the same port.
+    #[must_use]
+    pub fn with_code(mut self, code: PageCode) -> Self {
+        self.code = code;
+        self
     }
 
     /// The port on which the hypercall page calls.
@@ -254,12 +259,31 @@ impl PartitionMsrs {
     /// [`GpFault`] for an MSR that is not offered or read-only, for a value that the MSR does not
     /// take, and for a VP that does not exist. Nothing has changed then.
     pub fn write(&self, vp: u32, msr: u32, value: u64) -> Result<MsrEffect, GpFault> {
+        self.write_forwarding(vp, msr, value, &mut |_, _| {})
+    }
+
+    /// Writes an MSR on a VP, and by `forward` what the host's kernel has to know of it to answer
+    /// hypercalls itself: GUEST_OS_ID (docs/spec/kvm.md, section 6.2).
+    ///
+    /// # Errors
+    ///
+    /// As [`PartitionMsrs::write`].
+    pub fn write_forwarding(
+        &self,
+        vp: u32,
+        msr: u32,
+        value: u64,
+        forward: ForwardMsr<'_>,
+    ) -> Result<MsrEffect, GpFault> {
         if vp >= self.config.vp_count {
             return Err(GpFault);
         }
         let mut registers = self.lock();
         match msr {
-            msr::GUEST_OS_ID => return Ok(self.write_guest_os_id(&mut registers, value)),
+            msr::GUEST_OS_ID => {
+                forward(msr, value);
+                return Ok(self.write_guest_os_id(&mut registers, value));
+            }
             msr::HYPERCALL => self.write_hypercall(&mut registers, value)?,
             // Storage only: the reference TSC page is not offered, yet Linux clears the enable bit
             // at every kexec (docs/spec/hyperv-guest-interface.md, section 2).
@@ -276,6 +300,11 @@ impl PartitionMsrs {
             _ => return Err(GpFault),
         }
         Ok(MsrEffect::None)
+    }
+
+    /// GUEST_OS_ID as the host's kernel must have it to answer hypercalls itself.
+    pub fn forwarded_msr(&self) -> (u32, u64) {
+        (msr::GUEST_OS_ID, self.lock().guest_os_id)
     }
 
     /// Back to the reset values, the lock bit of HYPERCALL included; the RAM under the hypercall
@@ -431,10 +460,7 @@ impl PartitionMsrs {
     }
 
     fn write_page(&self, page: u64) {
-        let mut bytes = [PAGE_FILL; PAGE];
-        let code = page_code(self.config.hypercall_port);
-        bytes[..code.len()].copy_from_slice(&code);
-        if let Err(error) = self.ram.write(page, &bytes) {
+        if let Err(error) = self.ram.write(page, &self.code.page()) {
             log::warn!("hypercall page cannot be written: {error}");
         }
     }

@@ -24,18 +24,18 @@ use uuid::Uuid;
 use crate::cpuid::{self, CpuidConfig, CpuidLeaf, Features};
 use crate::hv::HvStatus;
 use crate::hypercall::{
-    CallCounters, CallRegisters, Dispatcher, InterruptGroup, MessageCalls, MessageGroup, Outcome,
-    PostMessage,
+    CallCounters, CallRegisters, Dispatcher, InterruptGroup, KernelCalls, MessageCalls,
+    MessageGroup, Outcome, PageCode, PostMessage,
 };
 use crate::mem::GuestRam;
-use crate::msr::{GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
+use crate::msr::{ForwardMsr, GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
 use crate::pviommu::{
     AddDeviceError, DeviceBackend, IommuConfig, IommuConfigError, IommuGroup, IommuReport, PvIommu,
 };
-use crate::synic::SynicPort;
 use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
+use crate::synic::{SintLines, SynicPort};
 use crate::vmbus::{ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
-use crate::vmm::{Clock, Doorbells, MsiSink, WorkerHost};
+use crate::vmm::{Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
 use crate::vpci::function::FunctionSpec;
 use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
@@ -81,6 +81,20 @@ pub struct PartitionHost {
     pub clock: Arc<dyn Clock>,
     /// Doorbells, where the host has them.
     pub doorbells: Option<Arc<dyn Doorbells>>,
+}
+
+/// What the host's kernel does itself in hybrid mode (docs/spec/kvm.md, section 1).
+///
+/// A guest sees the same with and without it, but for the calls of [`KernelCalls`] and their
+/// recommendation in CPUID.
+#[derive(Debug, Clone)]
+pub struct KernelMode {
+    /// Raises SINTs.
+    pub lines: Arc<dyn SintLines>,
+    /// Takes the signals of open channels; with [`KernelCalls::signal_event`].
+    pub connections: Option<Arc<dyn ConnectionEvents>>,
+    /// Which calls it answers.
+    pub calls: KernelCalls,
 }
 
 /// Why a partition could not be built.
@@ -153,6 +167,8 @@ pub struct PartitionCounters {
 #[derive(Debug)]
 pub struct Partition {
     cpuid: CpuidConfig,
+    /// In hybrid mode.
+    kernel_calls: Option<KernelCalls>,
     apic_ids: Arc<[u32]>,
     host: PartitionHost,
     msrs: PartitionMsrs,
@@ -181,6 +197,28 @@ impl Partition {
     ///
     /// [`PartitionError`], naming what cannot work.
     pub fn new(config: PartitionConfig, host: PartitionHost) -> Result<Self, PartitionError> {
+        Self::build(config, host, None)
+    }
+
+    /// The same in hybrid mode: the host's kernel keeps a copy of some MSRs, which
+    /// [`Partition::kernel_msrs`] and [`Partition::write_msr_forwarding`] give it.
+    ///
+    /// # Errors
+    ///
+    /// [`PartitionError`], naming what cannot work.
+    pub fn with_kernel(
+        config: PartitionConfig,
+        host: PartitionHost,
+        kernel: KernelMode,
+    ) -> Result<Self, PartitionError> {
+        Self::build(config, host, Some(kernel))
+    }
+
+    fn build(
+        config: PartitionConfig,
+        host: PartitionHost,
+        kernel: Option<KernelMode>,
+    ) -> Result<Self, PartitionError> {
         let count = config.apic_ids.len();
         if count == 0 || count > MAX_VPS {
             return Err(PartitionError::VpCount { count });
@@ -194,19 +232,26 @@ impl Partition {
             tsc_hz: config.tsc_hz,
             apic_hz: config.apic_hz,
         };
-        let msrs = PartitionMsrs::new(msr_config, host.ram.clone(), host.clock.clone())?;
+        let mut msrs = PartitionMsrs::new(msr_config, host.ram.clone(), host.clock.clone())?;
         let synic_config = SynicConfig {
             apic_ids: apic_ids.clone(),
             queue_limit: DEFAULT_QUEUE_LIMIT,
         };
-        let synic = Arc::new(UserSynic::new(
-            &synic_config,
-            host.ram.clone(),
-            host.msi.clone(),
-        ));
+        let mut synic = UserSynic::new(&synic_config, host.ram.clone(), host.msi.clone());
+        if let Some(kernel) = &kernel {
+            msrs = msrs.with_code(PageCode::hybrid(config.hypercall_port, &kernel.calls));
+            synic = synic.with_lines(kernel.lines.clone());
+        }
+        let synic = Arc::new(synic);
         let port: Arc<dyn SynicPort> = synic.clone();
         let vmbus = VmBus::new(config.vmbus, host.ram.clone(), port, &*host.workers)
             .map_err(PartitionError::Worker)?;
+        if let Some(events) = kernel
+            .as_ref()
+            .and_then(|kernel| kernel.connections.clone())
+        {
+            vmbus.set_connection_events(events);
+        }
         let mmio = MmioSpace::new(host.ram.clone(), config.mmio)?;
         let registry = Arc::new(DeviceRegistry::default());
         let iommu = match config.iommu {
@@ -227,6 +272,7 @@ impl Partition {
                 features: config.features,
                 iommu: iommu.is_some(),
             },
+            kernel_calls: kernel.map(|kernel| kernel.calls),
             apic_ids,
             host,
             msrs,
@@ -243,7 +289,11 @@ impl Partition {
     /// The CPUID leaves to merge into every virtual CPU's table, after dropping every other leaf
     /// of 0x40000000..=0x400000FF.
     pub fn cpuid_leaves(&self) -> Vec<CpuidLeaf> {
-        cpuid::leaves(&self.cpuid)
+        let mut leaves = cpuid::leaves(&self.cpuid);
+        if let Some(calls) = &self.kernel_calls {
+            cpuid::recommend_kernel_calls(&mut leaves, calls);
+        }
+        leaves
     }
 
     /// The I/O port whose 4-byte writes are hypercalls.
@@ -271,15 +321,48 @@ impl Partition {
     ///
     /// [`GpFault`]: inject #GP(0).
     pub fn write_msr(&self, vp: u32, msr: u32, value: u64) -> Result<MsrEffect, GpFault> {
+        self.write_msr_forwarding(vp, msr, value, &mut |_, _| {})
+    }
+
+    /// A guest write of an MSR in hybrid mode: `forward` puts what the host's kernel has a copy of
+    /// into that copy of the same VP. Without hybrid mode it is not called.
+    ///
+    /// # Errors
+    ///
+    /// [`GpFault`]: inject #GP(0).
+    pub fn write_msr_forwarding(
+        &self,
+        vp: u32,
+        msr: u32,
+        value: u64,
+        forward: ForwardMsr<'_>,
+    ) -> Result<MsrEffect, GpFault> {
+        let mut nowhere = |_, _| {};
+        let forward = match self.kernel_calls {
+            Some(_) => forward,
+            None => &mut nowhere,
+        };
         if UserSynic::owns_msr(msr) {
-            self.synic.write_msr(vp, msr, value)?;
+            self.synic.write_msr_forwarding(vp, msr, value, forward)?;
             return Ok(MsrEffect::None);
         }
-        let effect = self.msrs.write(vp, msr, value)?;
+        let effect = self.msrs.write_forwarding(vp, msr, value, forward)?;
         if let (MsrEffect::GuestOsIdCleared, Some(iommu)) = (effect, &self.iommu) {
             iommu.guest_gone();
         }
         Ok(effect)
+    }
+
+    /// The MSRs of a VP of which the host's kernel must have a copy, with their values now, in the
+    /// order in which to write them: before the guest runs, and after each reset or restore. Empty
+    /// without hybrid mode.
+    pub fn kernel_msrs(&self, vp: u32) -> Vec<(u32, u64)> {
+        if self.kernel_calls.is_none() {
+            return Vec::new();
+        }
+        let mut all = vec![self.msrs.forwarded_msr()];
+        all.extend(self.synic.forwarded_msrs(vp));
+        all
     }
 
     /// A hypercall: a 4-byte write to [`Partition::hypercall_port`].

@@ -105,6 +105,24 @@ pub trait Doorbells: Send + Sync + Debug {
     fn remove(&self, doorbell: Doorbell, eventfd: BorrowedFd<'_>) -> io::Result<()>;
 }
 
+/// Lets HvSignalEvent on a connection ring an eventfd in the kernel instead of leaving the guest
+/// (KVM_HYPERV_EVENTFD). Optional, and of use in hybrid mode only: without it the signals arrive as
+/// hypercalls.
+pub trait ConnectionEvents: Send + Sync + Debug {
+    /// Connects flag 0 of a connection, whose id is below 2^24, to an eventfd.
+    ///
+    /// # Errors
+    ///
+    /// The host's error; the signals then simply arrive as hypercalls.
+    fn add(&self, connection_id: u32, eventfd: BorrowedFd<'_>) -> io::Result<()>;
+    /// Disconnects it. When this returns, no signal under way reaches the eventfd any more.
+    ///
+    /// # Errors
+    ///
+    /// The host's error, which is logged; [`io::ErrorKind::NotFound`] if it was not connected.
+    fn remove(&self, connection_id: u32) -> io::Result<()>;
+}
+
 /// The partition's reference time.
 pub trait Clock: Send + Sync + Debug {
     /// Units of 100 ns since the partition was created; monotonic over all virtual CPUs

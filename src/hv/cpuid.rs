@@ -88,15 +88,24 @@ bitflags! {
     /// section 1.3).
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct Recommendations: u32 {
+        /// Flush other VPs' TLBs by hypercall.
+        const REMOTE_TLB_FLUSH = 1 << 2;
         /// Relax watchdog timeouts (read by Windows).
         const RELAXED_TIMING = 1 << 5;
         /// Do not use AutoEOI: the handler of a SINT writes EOI itself.
         const DEPRECATE_AUTO_EOI = 1 << 9;
+        /// Send IPIs by hypercall.
+        const CLUSTER_IPI = 1 << 10;
+        /// The calls above take sparse sets of VPs.
+        const EX_PROCESSOR_MASKS = 1 << 11;
     }
 }
 
 /// EBX of [`LEAF_RECOMMENDATIONS`]: never notify the hypervisor of a spinning VP.
 pub const SPIN_NEVER_NOTIFY: u32 = u32::MAX;
+/// EBX of [`LEAF_RECOMMENDATIONS`]: attempts to get a spinlock before the hypervisor is notified, as
+/// KVM proposes them (kernel: arch/x86/kvm/hyperv.c, kvm_get_hv_cpuid).
+pub const SPIN_ATTEMPTS: u32 = 0xfff;
 
 bitflags! {
     /// EAX of [`LEAF_STACK_PROPERTIES`] (docs/spec/hyperv-guest-interface.md, section 1).

@@ -7,6 +7,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::hv::HvStatus;
 use crate::hv::synic::MAX_PAYLOAD;
 
+/// HvFlushVirtualAddressSpace. This and the other calls up to [`SEND_SYNTHETIC_CLUSTER_IPI_EX`] are
+/// answered by the host's kernel or not at all (docs/spec/hyperv-guest-interface.md, section 3.5).
+pub const FLUSH_VIRTUAL_ADDRESS_SPACE: u16 = 0x0002;
+/// HvFlushVirtualAddressList.
+pub const FLUSH_VIRTUAL_ADDRESS_LIST: u16 = 0x0003;
+/// HvNotifyLongSpinWait.
+pub const NOTIFY_LONG_SPIN_WAIT: u16 = 0x0008;
+/// HvSendSyntheticClusterIpi.
+pub const SEND_SYNTHETIC_CLUSTER_IPI: u16 = 0x000b;
+/// HvFlushVirtualAddressSpaceEx: with a sparse set of VPs.
+pub const FLUSH_VIRTUAL_ADDRESS_SPACE_EX: u16 = 0x0013;
+/// HvFlushVirtualAddressListEx: with a sparse set of VPs.
+pub const FLUSH_VIRTUAL_ADDRESS_LIST_EX: u16 = 0x0014;
+/// HvSendSyntheticClusterIpiEx: with a sparse set of VPs.
+pub const SEND_SYNTHETIC_CLUSTER_IPI_EX: u16 = 0x0015;
 /// HvPostMessage: simple, memory form.
 pub const POST_MESSAGE: u16 = 0x005c;
 /// HvSignalEvent: simple, 8 bytes, usually fast.
@@ -28,6 +43,9 @@ impl Control {
     const REP_START_SHIFT: u32 = 48;
     const REP_MASK: u64 = 0xfff;
 
+    /// Bit 16: input is in registers.
+    pub const FAST: u64 = 1 << 16;
+
     /// Bits 15:0: call code.
     pub const fn code(self) -> u16 {
         self.0 as u16
@@ -35,7 +53,7 @@ impl Control {
 
     /// Bit 16: input is in registers.
     pub const fn is_fast(self) -> bool {
-        self.0 & (1 << 16) != 0
+        self.0 & Self::FAST != 0
     }
 
     /// Bits 26:17: size of the variable header in units of 8 bytes.

@@ -12,6 +12,7 @@
 mod dispatch;
 mod interrupt;
 mod message;
+mod page;
 mod stats;
 mod vp_set;
 
@@ -24,6 +25,7 @@ use crate::hv::HvStatus;
 pub use dispatch::Dispatcher;
 pub use interrupt::{InterruptCalls, InterruptGroup, RetargetInterrupt};
 pub use message::{MessageCalls, MessageGroup, PostMessage};
+pub use page::{CallInstruction, KernelCalls, PageCode};
 pub use stats::{CallCount, CallCounters};
 pub use vp_set::VpSet;
 

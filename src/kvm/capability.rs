@@ -19,6 +19,9 @@ const SYNTHETIC_MSR_BASE: u32 = 0x4000_0000;
 /// Number of synthetic MSRs that are taken from KVM.
 const SYNTHETIC_MSR_COUNT: u32 = 512;
 
+/// Invalid argument.
+pub(super) const EINVAL: i32 = 22;
+
 /// Why a VM cannot be made ready.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
@@ -38,7 +41,7 @@ pub enum KvmError {
     },
 }
 
-fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+pub(super) fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError::Refused { what, source }
 }
 
@@ -102,14 +105,27 @@ pub fn prepare_vm(vm: &VmFd) -> Result<(), KvmError> {
         KVM_MSR_EXIT_REASON_FILTER.into(),
     )
     .map_err(refused("give MSR accesses to user space"))?;
-    let trap_all = [0; SYNTHETIC_MSR_COUNT as usize / 8];
-    let range = MsrFilterRange {
-        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+    filter_msrs(vm, |_| false)
+}
+
+/// Takes the synthetic MSRs from KVM, but for reads of those that `kept` names.
+pub(super) fn filter_msrs(vm: &VmFd, kept: impl Fn(u32) -> bool) -> Result<(), KvmError> {
+    const BYTES: usize = SYNTHETIC_MSR_COUNT as usize / 8;
+    let mut reads = [0; BYTES];
+    for offset in 0..SYNTHETIC_MSR_COUNT {
+        reads[offset as usize / 8] |= u8::from(kept(SYNTHETIC_MSR_BASE + offset)) << (offset % 8);
+    }
+    let range = |flags, bitmap| MsrFilterRange {
+        flags,
         base: SYNTHETIC_MSR_BASE,
         msr_count: SYNTHETIC_MSR_COUNT,
-        bitmap: &trap_all,
+        bitmap,
     };
-    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[range])
+    let ranges = [
+        range(MsrFilterRangeFlags::READ, &reads[..]),
+        range(MsrFilterRangeFlags::WRITE, &[0; BYTES][..]),
+    ];
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
         .map_err(refused("filter the synthetic MSRs"))
 }
 
@@ -137,17 +153,42 @@ pub fn prepare_vcpu(vcpu: &mut VcpuFd) {
 ///
 /// [`KvmError::Refused`].
 pub fn forward_tsc_invariant(vcpu: &VcpuFd, value: u64) -> Result<(), KvmError> {
-    let entry = kvm_msr_entry {
-        index: hv::TSC_INVARIANT_CONTROL,
-        data: value,
-        ..Default::default()
-    };
-    // One entry always fits.
-    if let Ok(msrs) = Msrs::from_entries(&[entry]) {
-        vcpu.set_msrs(&msrs)
-            .map_err(refused("take the invariant-TSC control"))?;
+    write_msr(vcpu, hv::TSC_INVARIANT_CONTROL, value)
+        .map(|_| ())
+        .map_err(refused("take the invariant-TSC control"))
+}
+
+/// Writes KVM's copies of MSRs of a vCPU, in this order:
+/// [`Partition::kernel_msrs`](crate::Partition::kernel_msrs).
+///
+/// # Errors
+///
+/// [`KvmError::Refused`].
+pub fn forward_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
+    for (msr, value) in msrs {
+        match write_msr(vcpu, *msr, *value) {
+            Ok(true) => {}
+            Ok(false) => {
+                let unknown = kvm_ioctls::Error::new(EINVAL);
+                return Err(refused("take the guest's value of a synthetic MSR")(
+                    unknown,
+                ));
+            }
+            Err(error) => return Err(refused("take synthetic MSRs")(error)),
+        }
     }
     Ok(())
+}
+
+/// Writes an MSR as the host. False if KVM does not know it or refuses the value.
+fn write_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, kvm_ioctls::Error> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| kvm_ioctls::Error::new(EINVAL))?;
+    vcpu.set_msrs(&msrs).map(|written| written == 1)
 }
 
 /// Frequency of the guest's TSC in Hz.

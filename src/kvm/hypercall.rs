@@ -184,7 +184,7 @@ fn halves(value: u64) -> (u64, u64) {
 }
 
 /// Raises the invalid-opcode exception before the next instruction of a vCPU.
-fn inject_invalid_opcode(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+pub(super) fn inject_invalid_opcode(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let mut events = vcpu.get_vcpu_events()?;
     events.exception.injected = 1;
     events.exception.nr = INVALID_OPCODE;

@@ -11,20 +11,31 @@
 //! 5. [`KvmMsiSink`] and [`KvmDoorbells`] are handed to the partition;
 //! 6. on an OUT to the hypercall port, [`hypercall::answer`]; MSR and MMIO exits carry all they
 //!    need themselves.
+//!
+//! Hybrid mode, in which KVM's own Hyper-V emulation takes part, adds [`hybrid`] to it.
 
 mod capability;
+mod connections;
 pub mod cpuid;
 mod doorbell;
+mod exit;
+pub mod hybrid;
 pub mod hypercall;
 mod msi;
+mod probe;
+mod sint;
 pub mod survey;
 pub mod xsave;
 
 pub use capability::{
-    HostSupport, KvmError, forward_tsc_invariant, prepare_vcpu, prepare_vm, tsc_hz,
+    HostSupport, KvmError, forward_msrs, forward_tsc_invariant, prepare_vcpu, prepare_vm, tsc_hz,
 };
+pub use connections::KvmConnections;
 pub use doorbell::KvmDoorbells;
+pub use exit::{HypervExit, PassedCall, answer_hyperv, answer_wrmsr};
 pub use msi::KvmMsiSink;
+pub use probe::ProbeFault;
+pub use sint::{IRQCHIP_GSIS, KvmSintLines, irqchip_routes};
 
 /// Input clock of KVM's in-kernel local APIC timer in Hz, unless the VMM changed it with
 /// KVM_CAP_X86_APIC_BUS_CYCLES_NS (docs/spec/kvm.md, section 4).

@@ -4,6 +4,7 @@
 //! the code under test.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -11,6 +12,7 @@ use uuid::{Uuid, uuid};
 
 use super::*;
 use crate::devices::testdev::TestDevice;
+use crate::hypercall::CallInstruction;
 use crate::msr::DEFAULT_HYPERCALL_PORT;
 use crate::vmbus::ring::guest::{GuestRing, Received, ram};
 use crate::vmm::{MonotonicClock, Msi, Trigger, Worker};
@@ -80,6 +82,41 @@ impl MsiSink for Interrupts {
     }
 }
 
+/// The host's kernel in hybrid mode: its copies of MSRs, and the SINTs that it raises.
+#[derive(Debug)]
+struct Kernel {
+    msrs: Mutex<BTreeMap<(u32, u32), u64>>,
+    interrupts: Arc<Interrupts>,
+}
+
+impl Kernel {
+    fn put(&self, vp: u32, msr: u32, value: u64) {
+        self.msrs.lock().unwrap().insert((vp, msr), value);
+    }
+
+    fn msr(&self, vp: u32, msr: u32) -> Option<u64> {
+        self.msrs.lock().unwrap().get(&(vp, msr)).copied()
+    }
+}
+
+impl SintLines for Kernel {
+    fn raise(&self, vp: u32, sint: u8) -> bool {
+        let value = self.msr(vp, 0x4000_0090 + u32::from(sint)).unwrap();
+        assert_eq!(value & 1 << 16, 0, "lost: masked in the kernel");
+        self.interrupts.raise_msi(Msi::fixed(vp, value as u8));
+        true
+    }
+}
+
+/// All that a kernel can answer.
+const KERNEL_CALLS: KernelCalls = KernelCalls {
+    instruction: CallInstruction::Vmmcall,
+    flush: true,
+    send_ipi: true,
+    spin_wait: true,
+    signal_event: true,
+};
+
 /// Registers of a VP at a hypercall.
 #[derive(Debug)]
 struct Registers {
@@ -109,6 +146,8 @@ struct Guest {
     host: Arc<Loop>,
     interrupts: Arc<Interrupts>,
     device: Arc<TestDevice>,
+    /// In hybrid mode.
+    kernel: Option<Arc<Kernel>>,
     rings: Option<(GuestRing, GuestRing)>,
     signal: u64,
     transaction: u64,
@@ -126,11 +165,15 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 impl Guest {
     fn new() -> Self {
-        Self::over(ram(256))
+        Self::build(ram(256), false)
     }
 
     /// A guest on a new partition over `ram`.
     fn over(ram: GuestRam) -> Self {
+        Self::build(ram, false)
+    }
+
+    fn build(ram: GuestRam, hybrid: bool) -> Self {
         let host = Arc::new(Loop::default());
         let interrupts = Arc::new(Interrupts::default());
         let config = PartitionConfig {
@@ -153,22 +196,53 @@ impl Guest {
             clock: Arc::new(MonotonicClock::default()),
             doorbells: None,
         };
-        let partition = Partition::new(config, services).unwrap();
+        let kernel = hybrid.then(|| {
+            Arc::new(Kernel {
+                msrs: Mutex::default(),
+                interrupts: interrupts.clone(),
+            })
+        });
+        let partition = match &kernel {
+            None => Partition::new(config, services),
+            Some(kernel) => {
+                let mode = KernelMode {
+                    lines: kernel.clone(),
+                    connections: None,
+                    calls: KERNEL_CALLS,
+                };
+                Partition::with_kernel(config, services, mode)
+            }
+        };
+        let partition = partition.unwrap();
         let device = TestDevice::new(1, &*host).unwrap();
         let spec = BusSpec {
             instance: INSTANCE,
             functions: vec![FunctionSpec::new(0, device.clone())],
         };
         partition.plug(spec).unwrap();
-        Self {
+        let guest = Self {
             partition,
             ram,
             host,
             interrupts,
             device,
+            kernel,
             rings: None,
             signal: 0,
             transaction: 0,
+        };
+        guest.give_kernel();
+        guest
+    }
+
+    /// What a VMM does before the guest runs and after a reset.
+    fn give_kernel(&self) {
+        for vp in 0..2 {
+            let msrs = self.partition.kernel_msrs(vp);
+            assert_eq!(msrs.is_empty(), self.kernel.is_none());
+            for (msr, value) in msrs {
+                self.kernel.as_ref().unwrap().put(vp, msr, value);
+            }
         }
     }
 
@@ -185,7 +259,15 @@ impl Guest {
     }
 
     fn set_msr(&self, vp: u32, msr: u32, value: u64) {
-        let _effect = self.partition.write_msr(vp, msr, value).unwrap();
+        let mut forwarded = false;
+        let forward = &mut |msr, value| {
+            forwarded = true;
+            self.kernel.as_ref().unwrap().put(vp, msr, value);
+        };
+        let effect = self.partition.write_msr_forwarding(vp, msr, value, forward);
+        let _effect = effect.unwrap();
+        let shared = msr == 0x4000_0000 || (0x4000_0080..0x4000_00a0).contains(&msr);
+        assert_eq!(forwarded, shared && self.kernel.is_some(), "{msr:#x}");
     }
 
     /// Linux hyperv_init and hv_synic_enable_regs.
@@ -500,6 +582,58 @@ fn a_guest_does_the_main_job_with_every_vmbus_and_vpci_version() {
     for protocol in 0x1_0001..=0x1_0004 {
         main_job(0x5_0003, protocol);
     }
+}
+
+#[test]
+fn a_guest_does_the_main_job_in_hybrid_mode_and_again_after_a_reset() {
+    let mut guest = Guest::build(ram(256), true);
+    guest.main_job(0x6_0000, 0x1_0004);
+    let kernel = guest.kernel.clone().unwrap();
+    assert_eq!(kernel.msr(0, 0x4000_0000), Some(0x8100 << 48));
+    assert_eq!(kernel.msr(1, 0x4000_0083), Some(0x12001));
+    // A write that faults is not forwarded.
+    let never = &mut |msr, _| panic!("{msr:#x}");
+    for (msr, value) in [(0x4000_0083, !0), (0x4000_0092, 0xf), (0x4000_0002, 1)] {
+        let result = guest.partition.write_msr_forwarding(0, msr, value, never);
+        assert_eq!(result, Err(GpFault), "{msr:#x}");
+    }
+    guest.partition.reset();
+    guest.host.run();
+    guest.give_kernel();
+    for vp in 0..2 {
+        for msr in (0x4000_0080..0x4000_00a0).chain([0x4000_0000]) {
+            let expected = guest.partition.read_msr(vp, msr).ok();
+            if ![0x4000_0081, 0x4000_0084].contains(&msr) {
+                assert_eq!(kernel.msr(vp, msr), expected, "{msr:#x}");
+            }
+        }
+    }
+    guest.rings = None;
+    guest.main_job(0x5_0003, 0x1_0003);
+}
+
+#[test]
+fn hybrid_mode_shows_in_the_hypercall_page_and_in_one_leaf() {
+    let (plain, hybrid) = (Guest::new(), Guest::build(ram(256), true));
+    let page = |guest: &Guest| {
+        guest.boot();
+        let mut page = vec![0; 0x1000];
+        guest.ram.read(0x5000, &mut page).unwrap();
+        page
+    };
+    let (plain_page, hybrid_page) = (page(&plain), page(&hybrid));
+    assert!(plain_page.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa, 0xe7, 0x8d, 0xc3]));
+    let code = PageCode::hybrid(0x8d, &KERNEL_CALLS);
+    assert!(hybrid_page.starts_with(code.bytes()));
+    let leaves = plain.partition.cpuid_leaves();
+    let hybrid_leaves = hybrid.partition.cpuid_leaves();
+    let differing: Vec<_> = leaves
+        .iter()
+        .zip(&hybrid_leaves)
+        .filter(|(plain, hybrid)| plain != hybrid)
+        .map(|(_, hybrid)| (hybrid.function, hybrid.eax, hybrid.ebx))
+        .collect();
+    assert_eq!(differing, [(0x4000_0004, 0xe24, 0xfff)]);
 }
 
 #[test]

@@ -42,8 +42,19 @@ pub enum SynicError {
     },
 }
 
-/// What the VMBus server and its channels use towards the guest. The user-space SynIC implements
-/// it; an in-kernel one can stand behind the same trait.
+/// Lines into a SynIC that the host's kernel keeps beside this one, in hybrid mode: it holds a copy
+/// of every SINT register ([`UserSynic::write_msr_forwarding`]) and raises their vectors itself.
+///
+/// A leaf, like [`MsiSink::raise_msi`](crate::vmm::MsiSink::raise_msi): called under the lock of a
+/// VP, must not block or call back.
+pub trait SintLines: Send + Sync + Debug {
+    /// Raises a SINT of a VP that is neither masked nor polled, as an edge. False if it has no
+    /// line: it is raised as an MSI then.
+    fn raise(&self, vp: u32, sint: u8) -> bool;
+}
+
+/// What the VMBus server and its channels use towards the guest. [`UserSynic`] implements it, with
+/// and without a SynIC in the host's kernel beside it.
 pub trait SynicPort: Send + Sync + Debug {
     /// Number of VPs; VP indices are `0..vp_count`.
     fn vp_count(&self) -> u32;

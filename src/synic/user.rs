@@ -1,5 +1,9 @@
-//! A SynIC in user space: every MSR of it is trapped, messages and event flags are written straight
-//! into guest RAM, and SINTs are raised as MSIs (docs/spec/kvm.md, section 7.1).
+//! A SynIC in user space: every write of its MSRs is trapped, messages and event flags are written
+//! straight into guest RAM, and SINTs are raised as MSIs (docs/spec/kvm.md, section 7.1).
+//!
+//! In hybrid mode the host's kernel has a SynIC too (docs/spec/kvm.md, section 7.2). It gets a copy of
+//! each register that the guest writes, answers the reads, and raises SINTs, by [`SintLines`]; slots,
+//! flags, queues and the rules about them stay here, so that a guest sees the same in both modes.
 //!
 //! What user space cannot see is the EOI of a SINT at its local APIC. It is not needed: a guest
 //! that leaves a slot occupied writes EOM when it frees it, because the message-pending flag tells
@@ -11,11 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::hv::msr;
 use crate::hv::synic::{EVENT_FLAGS, SINT_COUNT};
 use crate::mem::GuestRam;
-use crate::msr::GpFault;
+use crate::msr::{ForwardMsr, GpFault};
 use crate::vmm::{MsiSink, Trigger};
 
 use super::vp::{Fabric, Message, VpSynic};
-use super::{SynicError, SynicPort, SynicState, SynicStateError, VpSynicState};
+use super::{SintLines, SynicError, SynicPort, SynicState, SynicStateError, VpSynicState};
 
 /// Default of [`SynicConfig::queue_limit`]: an offer for each of 2047 channels, and some more.
 pub const DEFAULT_QUEUE_LIMIT: usize = 2304;
@@ -73,6 +77,7 @@ pub struct UserSynic {
     queue_limit: usize,
     ram: GuestRam,
     sink: Arc<dyn MsiSink>,
+    lines: Option<Arc<dyn SintLines>>,
     vps: Box<[Mutex<VpSynic>]>,
     drain: Mutex<Option<Arc<dyn Trigger>>>,
 }
@@ -85,9 +90,18 @@ impl UserSynic {
             queue_limit: config.queue_limit,
             ram,
             sink,
+            lines: None,
             vps: vps.map(Mutex::new).collect(),
             drain: Mutex::new(None),
         }
+    }
+
+    /// The same, with SINTs raised by the SynIC of the host's kernel. Every write of an MSR must
+    /// come by [`UserSynic::write_msr_forwarding`] then.
+    #[must_use]
+    pub fn with_lines(mut self, lines: Arc<dyn SintLines>) -> Self {
+        self.lines = Some(lines);
+        self
     }
 
     /// True if `msr` is one of the SynIC's.
@@ -112,10 +126,34 @@ impl UserSynic {
     /// unmasked SINT with a vector below 16, and for a VP that does not exist. Nothing has changed
     /// then.
     pub fn write_msr(&self, vp: u32, msr: u32, value: u64) -> Result<(), GpFault> {
+        self.write_msr_forwarding(vp, msr, value, &mut |_, _| {})
+    }
+
+    /// Writes an MSR on a VP, and the copy of it in the host's kernel by `forward`, unless it
+    /// faults. What the write makes deliverable is delivered after that.
+    ///
+    /// # Errors
+    ///
+    /// As [`UserSynic::write_msr`].
+    pub fn write_msr_forwarding(
+        &self,
+        vp: u32,
+        msr: u32,
+        value: u64,
+        forward: ForwardMsr<'_>,
+    ) -> Result<(), GpFault> {
         let mut guard = self.vp(vp).ok_or(GpFault)?;
-        guard.write_msr(msr, value, self.fabric())?;
+        guard.write_msr(msr, value, self.fabric(vp), forward)?;
         self.after_drain(guard);
         Ok(())
+    }
+
+    /// The MSRs of a VP, of which the host's kernel has a copy, with their values, in an order in
+    /// which they can be written: for the start, a reset and a restore. Empty for a VP that does not
+    /// exist.
+    pub fn forwarded_msrs(&self, vp: u32) -> Vec<(u32, u64)> {
+        self.vp(vp)
+            .map_or_else(Vec::new, |vp| vp.forwarded().collect())
     }
 
     /// All VPs back to their reset values; queued messages are gone. Guest RAM is left alone.
@@ -177,10 +215,12 @@ impl UserSynic {
         self.vps.get(index as usize).map(lock)
     }
 
-    fn fabric(&self) -> Fabric<'_> {
+    fn fabric(&self, vp: u32) -> Fabric<'_> {
         Fabric {
             ram: &self.ram,
             sink: &*self.sink,
+            lines: self.lines.as_deref(),
+            vp,
         }
     }
 
@@ -212,7 +252,7 @@ impl SynicPort for UserSynic {
         let message =
             Message::new(sint, message_type, payload).ok_or(SynicError::OutOfRange { sint })?;
         let mut guard = self.vp(vp).ok_or(SynicError::NoVp { vp })?;
-        guard.post(vp, self.queue_limit, message, self.fabric())?;
+        guard.post(self.queue_limit, message, self.fabric(vp))?;
         self.after_drain(guard);
         Ok(())
     }
@@ -222,16 +262,16 @@ impl SynicPort for UserSynic {
             return Err(SynicError::OutOfRange { sint });
         }
         let mut guard = self.vp(vp).ok_or(SynicError::NoVp { vp })?;
-        match guard.signal(sint, flag, self.fabric()) {
+        match guard.signal(sint, flag, self.fabric(vp)) {
             true => Ok(()),
             false => Err(SynicError::Disabled { vp }),
         }
     }
 
     fn discard_messages(&self, sint: u8) {
-        for vp in &self.vps {
+        for (index, vp) in (0..).zip(&self.vps) {
             let mut guard = lock(vp);
-            guard.discard(sint, self.fabric());
+            guard.discard(sint, self.fabric(index));
             self.after_drain(guard);
         }
     }

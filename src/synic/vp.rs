@@ -12,10 +12,10 @@ use crate::hv::synic::{
     MESSAGE_TYPE_OFFSET, MessageBody, SINT_COUNT, SLOT_SIZE, Sint,
 };
 use crate::mem::{GuestRam, MemError, PAGE_SIZE};
-use crate::msr::GpFault;
+use crate::msr::{ForwardMsr, GpFault};
 use crate::vmm::{Msi, MsiSink};
 
-use super::{SynicCounters, SynicError};
+use super::{SintLines, SynicCounters, SynicError};
 
 /// Queue slots that an empty queue keeps allocated.
 const KEPT_CAPACITY: usize = 16;
@@ -53,6 +53,10 @@ impl Message {
 pub(super) struct Fabric<'a> {
     pub(super) ram: &'a GuestRam,
     pub(super) sink: &'a dyn MsiSink,
+    /// Lines of the host's kernel, where it has a SynIC.
+    pub(super) lines: Option<&'a dyn SintLines>,
+    /// Index of the VP.
+    pub(super) vp: u32,
 }
 
 /// Registers and queue of one VP.
@@ -104,13 +108,15 @@ impl VpSynic {
         }
     }
 
-    /// Writes a register and then delivers what has become deliverable. Bits that no rule is about
-    /// are kept as written: guests read, modify and write them.
+    /// Writes a register, and the host's copy of it by `forward`, and then delivers what has become
+    /// deliverable. Bits that no rule is about are kept as written: guests read, modify and write
+    /// them.
     pub(super) fn write_msr(
         &mut self,
         number: u32,
         value: u64,
         fabric: Fabric<'_>,
+        forward: ForwardMsr<'_>,
     ) -> Result<(), GpFault> {
         match number {
             msr::SCONTROL => self.scontrol = value,
@@ -132,14 +138,24 @@ impl VpSynic {
             }
             _ => return Err(GpFault),
         }
+        // Before anything is raised: a line that the host still holds masked loses its interrupt
+        // (docs/spec/kvm.md#kvm-7-2).
+        forward(number, value);
         self.deliver(fabric);
         Ok(())
+    }
+
+    /// All registers that have a copy in the host, in an order in which they can be written.
+    pub(super) fn forwarded(&self) -> impl Iterator<Item = (u32, u64)> {
+        let sints = (msr::SINT0..).zip(self.sints.map(|sint| sint.0));
+        let pages = [(msr::SIEFP, self.siefp), (msr::SIMP, self.simp)];
+        let control = [(msr::SCONTROL, self.scontrol)];
+        pages.into_iter().chain(sints).chain(control)
     }
 
     /// Queues a message and tries to deliver.
     pub(super) fn post(
         &mut self,
-        vp: u32,
         limit: usize,
         message: Message,
         fabric: Fabric<'_>,
@@ -147,7 +163,7 @@ impl VpSynic {
         if self.queue.len() >= limit {
             self.refused = true;
             self.counters.queue_full += 1;
-            return Err(SynicError::QueueFull { vp });
+            return Err(SynicError::QueueFull { vp: fabric.vp });
         }
         self.queue.push_back(message);
         self.counters.posted += 1;
@@ -179,7 +195,7 @@ impl VpSynic {
             return true;
         }
         self.counters.events += 1;
-        self.raise(source, fabric);
+        self.raise(sint, fabric);
         true
     }
 
@@ -207,22 +223,30 @@ impl VpSynic {
             return;
         };
         while let Some(message) = self.queue.front() {
-            let source = self.sints[usize::from(message.sint)];
+            let sint = message.sint;
             // An error means that the page is no longer RAM: the message waits for a better page.
             if !matches!(fill_slot(page, message, fabric.ram), Ok(true)) {
                 return;
             }
             self.queue.pop_front();
             self.counters.delivered += 1;
-            self.raise(source, fabric);
+            self.raise(sint, fabric);
         }
         self.release_memory();
     }
 
-    /// Raises a SINT's vector as an edge, unless that is masked or polled.
-    fn raise(&mut self, source: Sint, fabric: Fabric<'_>) {
-        if !source.is_masked() && !source.is_polling() {
-            self.counters.interrupts += 1;
+    /// Raises a SINT's vector as an edge, unless that is masked or polled: on the host's own line
+    /// of the SINT, where it has one, else as an MSI.
+    fn raise(&mut self, sint: u8, fabric: Fabric<'_>) {
+        let source = self.sints[usize::from(sint)];
+        if source.is_masked() || source.is_polling() {
+            return;
+        }
+        self.counters.interrupts += 1;
+        let raised = fabric
+            .lines
+            .is_some_and(|lines| lines.raise(fabric.vp, sint));
+        if !raised {
             fabric
                 .sink
                 .raise_msi(Msi::fixed(self.apic_id, source.vector()));

@@ -18,7 +18,7 @@ use crate::hv::vmbus::{self as wire, HostMessage, MessageBytes, guest, message_t
 use crate::hypercall::{MessageCalls, PostMessage};
 use crate::mem::GuestRam;
 use crate::synic::{SynicError, SynicPort};
-use crate::vmm::{Trigger, Worker, WorkerHost};
+use crate::vmm::{ConnectionEvents, Trigger, Worker, WorkerHost};
 
 mod state;
 #[cfg(test)]
@@ -37,6 +37,7 @@ pub struct VmBus {
     synic: Arc<dyn SynicPort>,
     trigger: OnceLock<Arc<dyn Trigger>>,
     open_devices: ArcSwap<OpenDevices>,
+    events: OnceLock<Arc<dyn ConnectionEvents>>,
     step: Mutex<()>,
     server: Mutex<Server>,
     devices: Mutex<HashMap<ChannelId, Entry>>,
@@ -74,6 +75,11 @@ impl Inbound {
     }
 }
 
+/// The connection of the guest's signals on a channel.
+fn connection_id(relid: u16) -> u32 {
+    u32::from(relid) ^ wire::CONNECTION_CHANNEL
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -97,6 +103,7 @@ impl VmBus {
             synic,
             trigger: OnceLock::new(),
             open_devices: ArcSwap::default(),
+            events: OnceLock::new(),
             step: Mutex::default(),
             server: Mutex::new(server),
             devices: Mutex::default(),
@@ -111,6 +118,12 @@ impl VmBus {
         });
         bus.synic.set_drain_trigger(trigger.clone());
         Ok(bus)
+    }
+
+    /// Lets the host's kernel pass the signals of open channels on. To be called before the guest
+    /// runs; a second call has no effect.
+    pub fn set_connection_events(&self, events: Arc<dyn ConnectionEvents>) {
+        let _ = self.events.set(events);
     }
 
     /// HvPostMessage, on a VP's thread: queues the message for the worker
@@ -319,15 +332,40 @@ impl VmBus {
         }
     }
 
-    /// Changes the look-up table of HvSignalEvent. Only called under `step`.
+    /// Changes the look-up table of HvSignalEvent, and the kernel's beside it. Only called under
+    /// `step`.
     fn set_open_device(&self, relid: u16, device: Option<Arc<dyn ChannelDevice>>) {
         let mut devices = OpenDevices::clone(&self.open_devices.load());
         let at = usize::from(relid);
         if devices.len() <= at {
             devices.resize(at + 1, None);
         }
-        devices[at] = device;
+        let former = std::mem::replace(&mut devices[at], device.clone());
+        if former.is_some() {
+            self.disconnect_events(relid);
+        }
         self.open_devices.store(Arc::new(devices));
+        if let Some(device) = device {
+            self.connect_events(relid, &*device);
+        }
+    }
+
+    fn connect_events(&self, relid: u16, device: &dyn ChannelDevice) {
+        let (Some(events), Some(eventfd)) = (self.events.get(), device.eventfd()) else {
+            return;
+        };
+        if let Err(error) = events.add(connection_id(relid), eventfd) {
+            log::debug!("vmbus: signals of channel {relid} leave the guest: {error}");
+        }
+    }
+
+    fn disconnect_events(&self, relid: u16) {
+        if let Some(events) = self.events.get()
+            && let Err(error) = events.remove(connection_id(relid))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!("vmbus: the kernel keeps the signals of channel {relid}: {error}");
+        }
     }
 
     /// Sends one message to the guest. False if there was none or the SynIC is full.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use uuid::Uuid;
@@ -65,6 +66,12 @@ pub trait ChannelDevice: Send + Sync + Debug {
     /// The guest signalled the channel. Called on a VP's thread, for each signal: only triggers a
     /// worker. May come at any time, also for a closed channel, and proves nothing.
     fn signalled(&self);
+
+    /// An eventfd whose signal does the same as [`signalled`](Self::signalled), so that the host's
+    /// kernel can pass signals on by itself. Without one they all come that way.
+    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// The offer was revoked and the guest has let go of it: the same instance may be offered
     /// again, and nothing of it is visible to the guest any more.

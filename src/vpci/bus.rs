@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use uuid::Uuid;
@@ -502,6 +503,10 @@ impl ChannelDevice for Bus {
 
     fn signalled(&self) {
         self.trigger();
+    }
+
+    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        self.trigger.get()?.eventfd()
     }
 }
 

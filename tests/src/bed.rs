@@ -54,6 +54,12 @@ pub trait Bed: Send + Sync + Debug {
     /// What it is.
     fn kind(&self) -> BedKind;
 
+    /// True in hybrid mode: the host's kernel answers the calls that flush TLBs, send IPIs and tell of
+    /// a long wait, and recommends them. Nothing else may look different to a guest.
+    fn is_hybrid(&self) -> bool {
+        false
+    }
+
     /// Whether VMs can be made here, and if not, what is missing.
     ///
     /// # Errors

@@ -239,6 +239,11 @@ impl Context {
         self.bed.kind()
     }
 
+    /// Whether the bed is in hybrid mode ([`Bed::is_hybrid`]).
+    pub fn is_hybrid(&self) -> bool {
+        self.bed.is_hybrid()
+    }
+
     /// Makes a machine.
     ///
     /// # Errors

@@ -64,6 +64,9 @@ pub(crate) struct ConformanceArgs {
     /// Where the guest runs.
     #[arg(long, value_enum, value_name = "BED", default_value_t = BedChoice::Auto)]
     pub(crate) bed: BedChoice,
+    /// Who answers the guest's Hyper-V hypercalls on the bed `kvm`.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = HypervMode::User)]
+    pub(crate) hyperv: HypervMode,
     /// Only the checks whose name matches this regular expression.
     #[arg(long, value_name = "RE")]
     pub(crate) filter: Option<Regex>,

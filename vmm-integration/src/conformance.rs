@@ -12,7 +12,7 @@ use vpci_conformance::report::Progress;
 use vpci_conformance::runner::Run;
 use vpci_conformance::{beds, checks, report, runner};
 
-use crate::cli::{BedChoice, ConformanceArgs, ReportFormat};
+use crate::cli::{BedChoice, ConformanceArgs, HypervMode, ReportFormat};
 
 /// All checks passed, but for those that were skipped.
 const PASSED: u8 = 0;
@@ -33,7 +33,7 @@ pub(crate) fn conformance(args: &ConformanceArgs) -> u8 {
     if args.list {
         return finish(write(args.output.as_deref(), &list(&checks)), PASSED);
     }
-    let bed = match bed(args.bed) {
+    let bed = match bed(args.bed, args.hyperv) {
         Ok(bed) => bed,
         Err(reason) => {
             eprintln!("vpci-vmm: {reason}");
@@ -55,11 +55,21 @@ pub(crate) fn conformance(args: &ConformanceArgs) -> u8 {
 }
 
 /// The bed that was asked for, if it is there.
-pub(crate) fn bed(choice: BedChoice) -> Result<Arc<dyn Bed>, String> {
+pub(crate) fn bed(choice: BedChoice, mode: HypervMode) -> Result<Arc<dyn Bed>, String> {
+    let kvm = || match mode {
+        HypervMode::User => one_bed(BedKind::Kvm),
+        HypervMode::Kernel => available(beds::hybrid(), "--bed kvm --hyperv kernel"),
+        HypervMode::Auto => available(beds::hybrid(), "--hyperv kernel").or_else(|reason| {
+            eprintln!("{reason}; running with --hyperv user instead");
+            one_bed(BedKind::Kvm)
+        }),
+    };
     match choice {
         BedChoice::Sim => one_bed(BedKind::Sim),
-        BedChoice::Kvm => one_bed(BedKind::Kvm),
-        BedChoice::Auto => one_bed(BedKind::Kvm).or_else(|reason| {
+        BedChoice::Kvm => kvm(),
+        // Asked for by name: nothing else will do.
+        BedChoice::Auto if mode == HypervMode::Kernel => kvm(),
+        BedChoice::Auto => kvm().or_else(|reason| {
             eprintln!("{reason}; running on sim instead");
             one_bed(BedKind::Sim)
         }),
@@ -67,11 +77,14 @@ pub(crate) fn bed(choice: BedChoice) -> Result<Arc<dyn Bed>, String> {
 }
 
 fn one_bed(kind: BedKind) -> Result<Arc<dyn Bed>, String> {
-    let name = kind.name();
-    let bed = beds::bed(kind).ok_or(format!("--bed {name}: this build has no such bed"))?;
+    available(beds::bed(kind), &format!("--bed {}", kind.name()))
+}
+
+fn available(bed: Option<Arc<dyn Bed>>, option: &str) -> Result<Arc<dyn Bed>, String> {
+    let bed = bed.ok_or(format!("{option}: this build has no such bed"))?;
     match bed.available() {
         Ok(()) => Ok(bed),
-        Err(reason) => Err(format!("--bed {name}: {reason}")),
+        Err(reason) => Err(format!("{option}: {reason}")),
     }
 }
 

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_cpuid_entry2;
-use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd, WriteMsrExit};
+use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
+use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
 use uuid::Uuid;
 use vm_memory::GuestMemoryAtomic;
 use vm_vpci::cpuid::Features;
@@ -20,9 +20,12 @@ use vm_vpci::devices::event_loop::EventLoop;
 use vm_vpci::devices::testdev::TestDevice;
 use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig};
 use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
-use vm_vpci::kvm::{self, HostSupport, KvmDoorbells, KvmMsiSink};
+use vm_vpci::kvm::hybrid::HybridSupport;
+use vm_vpci::kvm::{
+    self, HostSupport, HypervExit, KvmDoorbells, KvmError, KvmMsiSink, KvmSintLines,
+};
 use vm_vpci::mem::GuestRam;
-use vm_vpci::msr::{DEFAULT_HYPERCALL_PORT, MsrEffect};
+use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
@@ -128,7 +131,18 @@ pub(crate) struct Embedding {
     partition: Partition,
     features: Features,
     msi: Arc<KvmMsiSink>,
+    /// In hybrid mode.
+    lines: Option<Arc<KvmSintLines>>,
     disks: Vec<Arc<Blk>>,
+}
+
+/// What the host's KVM can do, as far as the library has a use for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Host {
+    /// What is optional.
+    pub(crate) support: HostSupport,
+    /// How to do hybrid mode; none keeps everything in user space.
+    pub(crate) hybrid: Option<HybridSupport>,
 }
 
 impl Embedding {
@@ -143,11 +157,12 @@ impl Embedding {
         vcpus: &[VcpuFd],
         ram: &Ram,
         layout: &Layout,
-        support: HostSupport,
+        host: Host,
         functions: Functions,
     ) -> Result<Self, Error> {
         let msi = Arc::new(KvmMsiSink::new(vm.clone()));
-        let doorbells: Option<Arc<dyn Doorbells>> = support
+        let doorbells: Option<Arc<dyn Doorbells>> = host
+            .support
             .any_length_doorbells
             .then(|| Arc::new(KvmDoorbells::new(vm.clone())) as _);
         let window = |range: Range| range.start..range.end();
@@ -170,14 +185,22 @@ impl Embedding {
                 ..IommuConfig::default()
             }),
         };
-        let host = PartitionHost {
+        let partition_host = PartitionHost {
             ram: GuestRam::new(GuestMemoryAtomic::new(ram.clone())),
             msi: msi.clone(),
             workers: functions.workers,
             clock: Arc::new(MonotonicClock::default()),
             doorbells,
         };
-        let partition = Partition::new(config, host)?;
+        let (partition, lines) = match host.hybrid {
+            None => (Partition::new(config, partition_host)?, None),
+            Some(hybrid) => {
+                let lines = connect_sints(vm, vcpus, hybrid)?;
+                let kernel = hybrid.kernel_mode(vm, lines.clone());
+                let partition = Partition::with_kernel(config, partition_host, kernel)?;
+                (partition, Some(lines))
+            }
+        };
         for bus in functions.buses {
             partition.plug(bus)?;
         }
@@ -185,8 +208,19 @@ impl Embedding {
             partition,
             features,
             msi,
+            lines,
             disks: functions.disks,
         })
+    }
+
+    /// Gives KVM its copy of MSRs on a vCPU: before it runs, and after a reset. There is none but in
+    /// hybrid mode.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError`].
+    pub(crate) fn set_kernel_msrs(&self, vp: u32, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        kvm::forward_msrs(vcpu, &self.partition.kernel_msrs(vp))
     }
 
     /// The CPUID table of one vCPU, from what KVM supports.
@@ -226,14 +260,25 @@ impl Embedding {
         }
     }
 
-    /// A write of a synthetic MSR. What it returns goes to [`kvm::forward_tsc_invariant`].
-    pub(crate) fn write_msr(&self, vp: u32, exit: WriteMsrExit<'_>) -> Option<u64> {
-        match self.partition.write_msr(vp, exit.index, exit.data) {
-            Ok(MsrEffect::TscInvariant(value)) => return Some(value),
-            Ok(MsrEffect::None | MsrEffect::GuestOsIdCleared) => {}
-            Err(_) => *exit.error = 1,
-        }
-        None
+    /// A write of a synthetic MSR.
+    ///
+    /// # Errors
+    ///
+    /// KVM's error; the vCPU cannot go on.
+    pub(crate) fn write_msr(&self, vp: u32, vcpu: &mut VcpuFd) -> Result<(), KvmError> {
+        kvm::answer_wrmsr(vcpu, |msr, value, forward| {
+            self.partition.write_msr_forwarding(vp, msr, value, forward)
+        })
+    }
+
+    /// A KVM_EXIT_HYPERV: a hypercall that KVM passes on. False if it is about something else.
+    ///
+    /// # Errors
+    ///
+    /// KVM's error; the vCPU cannot go on.
+    pub(crate) fn hyperv_exit(&self, vcpu: &mut VcpuFd) -> Result<bool, kvm_ioctls::Error> {
+        let exit = kvm::answer_hyperv(vcpu, |registers| self.partition.hypercall(registers))?;
+        Ok(matches!(exit, HypervExit::Hypercall(_)))
     }
 
     /// A load from an address that is not RAM.
@@ -293,6 +338,29 @@ impl Embedding {
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());
         counters.insert("msi.undelivered".into(), self.msi.undelivered());
+        if let Some(lines) = &self.lines {
+            counters.insert("kvm.sints_lost".into(), lines.lost());
+        }
         counters
     }
+}
+
+/// Switches KVM's SynIC on, and connects its SINTs beside the interrupts of KVM's own chips, which
+/// are all that this VMM has routes for.
+fn connect_sints(
+    vm: &VmFd,
+    vcpus: &[VcpuFd],
+    hybrid: HybridSupport,
+) -> Result<Arc<KvmSintLines>, Error> {
+    for vcpu in vcpus {
+        hybrid.prepare_vcpu(vcpu)?;
+    }
+    let lines = KvmSintLines::new(vm, vcpus.len() as u32, kvm::IRQCHIP_GSIS)?;
+    let mut routes = kvm::irqchip_routes();
+    routes.extend(lines.routes());
+    let refused = Error::kvm("route its interrupts");
+    let table = KvmIrqRouting::from_entries(&routes)
+        .map_err(|_| refused(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    vm.set_gsi_routing(&table).map_err(refused)?;
+    Ok(Arc::new(lines))
 }

@@ -4,6 +4,7 @@
 use std::io;
 
 use vm_vpci::devices::virtio::BlkError;
+use vm_vpci::kvm::hybrid::HybridError;
 use vm_vpci::partition::{PartitionError, PlugError};
 
 use crate::image::ImageError;
@@ -57,9 +58,9 @@ pub(crate) enum Error {
     /// RAM cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// `--hyperv kernel` is not there yet.
-    #[error("--hyperv kernel: hypercalls in the kernel are not supported: use auto or user")]
-    NoKernelMode,
+    /// `--hyperv kernel` is not possible on this host.
+    #[error("--hyperv kernel: {0}: use auto or user")]
+    NoKernelMode(#[source] HybridError),
     /// `/dev/kvm` cannot be opened.
     #[error("/dev/kvm: {source}: {advice}")]
     KvmOpen {
@@ -122,7 +123,7 @@ impl Error {
             | Self::Kernel(_)
             | Self::Report(_)
             | Self::Layout(_) => 2,
-            Self::NoKernelMode
+            Self::NoKernelMode(_)
             | Self::Memory(_)
             | Self::KvmOpen { .. }
             | Self::Kvm(_)

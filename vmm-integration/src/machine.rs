@@ -11,14 +11,16 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vm_vpci::kvm::cpuid::{self, CpuidOptions, VcpuPlace};
+use vm_vpci::kvm::hybrid::HybridSupport;
 use vm_vpci::kvm::{self, HostSupport, xsave};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::Killable;
 
 use crate::acpi;
+use crate::cli::HypervMode;
 use crate::console::{InputPump, console};
 use crate::control::{Command, Control};
-use crate::embed::{Embedding, Functions};
+use crate::embed::{Embedding, Functions, Host};
 use crate::error::Error;
 use crate::firmware;
 use crate::kernel::{self, BootSource, Entry, KernelError};
@@ -40,6 +42,8 @@ pub(crate) struct MachineConfig {
     pub(crate) cpus: u8,
     /// RAM in bytes.
     pub(crate) memory: u64,
+    /// Who answers hypercalls.
+    pub(crate) hyperv: HypervMode,
 }
 
 /// A VM with its vCPU threads, which wait for [`Machine::resume`].
@@ -65,7 +69,10 @@ impl Machine {
         config: MachineConfig,
         functions: Functions,
     ) -> Result<(Self, InputPump), Error> {
-        let support = HostSupport::check(kvm)?;
+        let host = Host {
+            support: HostSupport::check(kvm)?,
+            hybrid: hybrid(kvm, config.hyperv)?,
+        };
         let host_cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("tell its CPUID"))?;
@@ -83,6 +90,9 @@ impl Machine {
             return Err(Error::TooManyCpus { asked, max });
         }
         let vm = Arc::new(create_vm(kvm)?);
+        if let Some(hybrid) = host.hybrid {
+            hybrid.prepare_vm(&vm)?;
+        }
         let ram = PluggedRam::plug(&vm, map_ram(&layout)?)?;
         let serial_irq = EventFd::new(EFD_NONBLOCK).map_err(Error::host("an eventfd"))?;
         vm.register_irqfd(&serial_irq, ports::SERIAL_IRQ)
@@ -90,7 +100,7 @@ impl Machine {
         let (ports, pump) = console(serial_irq).map_err(Error::host("an eventfd"))?;
 
         let vcpus = create_vcpus(&vm, config.cpus)?;
-        let embedding = Embedding::new(&vm, &vcpus, ram.map(), &layout, support, functions)?;
+        let embedding = Embedding::new(&vm, &vcpus, ram.map(), &layout, host, functions)?;
         let shared = Arc::new(Shared {
             control: Control::new(vcpus.len()).map_err(Error::host("an eventfd"))?,
             ports,
@@ -115,7 +125,7 @@ impl Machine {
                 count: config.cpus.into(),
             };
             let options = CpuidOptions {
-                tsc_deadline: support.tsc_deadline,
+                tsc_deadline: host.support.tsc_deadline,
                 tsc_invariant: machine.shared.embedding.tsc_invariant(),
                 xsave: xsave.is_none(),
             };
@@ -125,6 +135,7 @@ impl Machine {
                 .cpuid(host_cpuid.as_slice(), place, options);
             set_cpuid(&fd, &table)?;
             kvm::prepare_vcpu(&mut fd);
+            machine.shared.embedding.set_kernel_msrs(index, &fd)?;
             let initial = InitialState::prepare(kvm, &fd, index)?;
             machine.start_thread(index, fd, initial)?;
         }
@@ -220,6 +231,28 @@ impl Drop for Machine {
             if thread.join().is_err() {
                 log::error!("a vCPU thread has panicked");
             }
+        }
+    }
+}
+
+/// Whether KVM takes part in answering hypercalls, and how.
+///
+/// # Errors
+///
+/// [`Error::NoKernelMode`]: it was asked for, and cannot.
+fn hybrid(kvm: &Kvm, mode: HypervMode) -> Result<Option<HybridSupport>, Error> {
+    if mode == HypervMode::User {
+        return Ok(None);
+    }
+    match HybridSupport::check(kvm) {
+        Ok(support) => {
+            log::info!("KVM answers the hypercalls that it can");
+            Ok(Some(support))
+        }
+        Err(error) if mode == HypervMode::Kernel => Err(Error::NoKernelMode(error)),
+        Err(error) => {
+            log::info!("hypercalls are answered in user space: {error}");
+            Ok(None)
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::Kvm;
 
-use crate::cli::{HypervMode, RunArgs};
+use crate::cli::RunArgs;
 use crate::console::RawTerminal;
 use crate::control::GuestEvent;
 use crate::embed::Functions;
@@ -40,9 +40,6 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     if let Some(path) = &args.report {
         report::check_path(path)?;
     }
-    if args.hyperv == HypervMode::Kernel {
-        return Err(Error::NoKernelMode);
-    }
     check_images(&args.vpci, &placed)?;
 
     let kvm = open_kvm(c"/dev/kvm")?;
@@ -53,6 +50,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
         boot,
         cpus: args.cpus,
         memory: args.memory,
+        hyperv: args.hyperv,
     };
     let functions = Functions::build(&placed, args.cpus)?;
     let (machine, pump) = Machine::build(&kvm, config, functions)?;

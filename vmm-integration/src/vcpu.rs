@@ -83,7 +83,7 @@ impl Vcpu {
                     if let Err(error) = self.reset() {
                         control.fail(error.to_string());
                     }
-                    if let Err(error) = kvm::forward_tsc_invariant(&self.fd, 0) {
+                    if let Err(error) = self.reset_kernel_msrs(&shared) {
                         control.fail(error.to_string());
                     }
                     control.carried_out(self.index as usize, Command::Reset);
@@ -108,6 +108,11 @@ impl Vcpu {
             self.initial.override_registers(&self.fd, &regs, &sregs)?;
         }
         Ok(())
+    }
+
+    fn reset_kernel_msrs(&self, shared: &Shared) -> Result<(), kvm::KvmError> {
+        kvm::forward_tsc_invariant(&self.fd, 0)?;
+        shared.embedding.set_kernel_msrs(self.index, &self.fd)
     }
 
     /// KVM finishes an instruction that caused an exit on the next entry only; this enters and
@@ -144,13 +149,16 @@ impl Vcpu {
             VcpuExit::MmioRead(gpa, data) => shared.embedding.mmio_read(gpa, data),
             VcpuExit::MmioWrite(gpa, data) => shared.embedding.mmio_write(gpa, data),
             VcpuExit::X86Rdmsr(exit) => shared.embedding.read_msr(vp, exit),
-            VcpuExit::X86Wrmsr(exit) => {
-                if let Some(value) = shared.embedding.write_msr(vp, exit)
-                    && let Err(error) = kvm::forward_tsc_invariant(&self.fd, value)
-                {
+            VcpuExit::X86Wrmsr(_) => {
+                if let Err(error) = shared.embedding.write_msr(vp, &mut self.fd) {
                     return self.failed(error.to_string());
                 }
             }
+            VcpuExit::Hyperv => match shared.embedding.hyperv_exit(&mut self.fd) {
+                Ok(true) => {}
+                Ok(false) => return self.failed("an exit of KVM's SynIC or debugger".into()),
+                Err(error) => return self.failed(format!("hypercall: {error}")),
+            },
             VcpuExit::Intr => {}
             // A triple fault: what a processor answers with a reset of the machine.
             VcpuExit::Shutdown => return Next::Report(GuestEvent::Reset),

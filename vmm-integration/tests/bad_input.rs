@@ -185,7 +185,14 @@ fn no_arguments_and_unknown_commands_are_usage_errors() {
 }
 
 #[test]
-fn hypercalls_in_the_kernel_are_refused_with_the_status_for_a_lacking_host() {
+fn hypercalls_in_the_kernel_are_refused_where_kvm_has_none_and_what_is_missing_is_named() {
+    const NAME: &str =
+        "hypercalls_in_the_kernel_are_refused_where_kvm_has_none_and_what_is_missing_is_named";
+    match kvm_ioctls::Kvm::new() {
+        Ok(kvm) if !kvm.check_extension(kvm_ioctls::Cap::Hyperv) => {}
+        Ok(_) => return println!("SKIPPED {NAME}: this KVM has Hyper-V emulation"),
+        Err(error) => return println!("SKIPPED {NAME}: /dev/kvm: {error}"),
+    }
     let files = Files::new();
     let kernel = files.path("kernel");
     let args = [
@@ -196,7 +203,15 @@ fn hypercalls_in_the_kernel_are_refused_with_the_status_for_a_lacking_host() {
         "kernel",
     ];
     let text = complaint(&vmm(&args).output().unwrap(), 3);
-    assert!(text.contains("--hyperv kernel"), "{text}");
+    let begin = "--hyperv kernel: this host's KVM lacks KVM_CAP_HYPERV, KVM_CAP_HYPERV_SYNIC2";
+    assert!(text.contains(begin), "{text}");
+    assert!(text.trim_end().ends_with("use auto or user"), "{text}");
+    // The suite says the same, and does not fall back.
+    for bed in ["auto", "kvm"] {
+        let args = ["conformance", "--bed", bed, "--hyperv", "kernel"];
+        let text = complaint(&vmm(&args).output().unwrap(), 3);
+        assert!(text.contains("lacks KVM_CAP_HYPERV"), "{text}");
+    }
 }
 
 #[test]

@@ -1,8 +1,10 @@
 use super::*;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
+use crate::hv::synic::Sint;
 use crate::mem::{PAGE_SIZE, RamMap};
 use crate::vmm::Msi;
 
@@ -37,6 +39,52 @@ struct Counter(AtomicU32);
 impl Trigger for Counter {
     fn trigger(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// The SynIC of the host's kernel, as docs/spec/kvm.md, section 7.2, tells of it: it raises the vector
+/// that its own copy of a SINT holds, and what comes while that is masked is lost.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    registers: Mutex<BTreeMap<(u32, u32), u64>>,
+    sink: Arc<Recorder>,
+    pub(super) raised: AtomicU32,
+    pub(super) lost: AtomicU32,
+}
+
+impl Kernel {
+    pub(super) fn new(sink: Arc<Recorder>) -> Arc<Self> {
+        Arc::new(Self {
+            registers: Mutex::default(),
+            sink,
+            raised: AtomicU32::default(),
+            lost: AtomicU32::default(),
+        })
+    }
+
+    pub(super) fn take(&self, vp: u32, msr: u32, value: u64) {
+        lock(&self.registers).insert((vp, msr), value);
+    }
+
+    /// What a guest reads that the kernel answers.
+    fn read(&self, vp: u32, msr: u32) -> Option<u64> {
+        lock(&self.registers).get(&(vp, msr)).copied()
+    }
+}
+
+impl SintLines for Kernel {
+    fn raise(&self, vp: u32, sint: u8) -> bool {
+        if sint != 2 {
+            return false;
+        }
+        let source = Sint(self.read(vp, SINT2).expect("the kernel knows every SINT"));
+        if source.is_masked() {
+            self.lost.fetch_add(1, Ordering::SeqCst);
+        } else {
+            self.raised.fetch_add(1, Ordering::SeqCst);
+            self.sink.raise_msi(Msi::fixed(vp * 2, source.vector()));
+        }
+        true
     }
 }
 
@@ -282,6 +330,75 @@ fn a_polled_sint_gets_messages_and_flags_but_no_interrupt() {
     assert_eq!(bed.slot().0, 1);
     assert_eq!(bed.ram.load_u32(FLAGS2, Ordering::SeqCst), Ok(1 << 7));
     assert!(bed.sink.take().is_empty());
+}
+
+#[test]
+fn lines_of_the_kernel_raise_the_sints_that_have_one() {
+    let mut bed = Bed::new(1, 4);
+    let kernel = Kernel::new(bed.sink.clone());
+    bed.synic = bed.synic.with_lines(kernel.clone());
+    let write = |msr, value| {
+        let forward = &mut |msr, value| kernel.take(0, msr, value);
+        bed.synic.write_msr_forwarding(0, msr, value, forward)
+    };
+    for (msr, value) in bed.synic.forwarded_msrs(0) {
+        kernel.take(0, msr, value);
+    }
+    for (msr, value) in [
+        (msr::SIMP, SIMP_PAGE | 1),
+        (msr::SIEFP, SIEFP_PAGE | 1),
+        (SINT2, 0xf3),
+        (SINT2 + 1, 0x51),
+        (msr::SCONTROL, 1),
+    ] {
+        assert_eq!(write(msr, value), Ok(()));
+        assert_eq!(kernel.read(0, msr), Some(value));
+    }
+    bed.post(b"by line");
+    assert_eq!(bed.sink.take(), [Msi::fixed(0, 0xf3)]);
+    assert_eq!(kernel.raised.load(Ordering::SeqCst), 1);
+    assert_eq!(bed.synic.post_message(0, 3, 1, b"by MSI"), Ok(()));
+    assert_eq!(bed.sink.take(), [Msi::fixed(0, 0x51)]);
+    assert_eq!(kernel.raised.load(Ordering::SeqCst), 1);
+    // What faults never reaches the kernel.
+    assert_eq!(write(SINT2, 0xf), Err(GpFault));
+    assert_eq!(write(msr::SIMP, !0), Err(GpFault));
+    assert_eq!(kernel.read(0, SINT2), Some(0xf3));
+    assert_eq!(kernel.read(0, msr::SIMP), Some(SIMP_PAGE | 1));
+    assert_eq!(bed.synic.counters().interrupts, 2);
+}
+
+#[test]
+fn a_sint_that_is_masked_and_unmasked_under_events_loses_no_interrupt_in_the_kernel() {
+    const ROUNDS: u32 = 2_000;
+    let mut bed = Bed::linux(1, 4);
+    let kernel = Kernel::new(bed.sink.clone());
+    bed.synic = bed.synic.with_lines(kernel.clone());
+    for (msr, value) in bed.synic.forwarded_msrs(0) {
+        kernel.take(0, msr, value);
+    }
+    let taken = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..ROUNDS {
+                let value = [1 << 16, 0xf3][round as usize % 2];
+                let forward = &mut |msr, value| {
+                    // As long as an ioctl, in which an event may come.
+                    std::thread::yield_now();
+                    kernel.take(0, msr, value);
+                };
+                let written = bed.synic.write_msr_forwarding(0, SINT2, value, forward);
+                assert_eq!(written, Ok(()));
+            }
+        });
+        let mut taken = 0;
+        for _ in 0..ROUNDS {
+            taken += u32::from(bed.synic.signal_event(0, 2, 1).is_ok());
+            bed.ram.store_u32(FLAGS2, 0, Ordering::SeqCst).unwrap();
+        }
+        taken
+    });
+    assert_eq!(kernel.lost.load(Ordering::SeqCst), 0);
+    assert_eq!(kernel.raised.load(Ordering::SeqCst), taken);
 }
 
 #[test]

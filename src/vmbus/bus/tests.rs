@@ -1,6 +1,8 @@
 //! The bus on the user-space SynIC, against a guest that drives it as Linux does.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use uuid::Uuid;
@@ -70,6 +72,8 @@ impl Loop {
 #[derive(Debug, Default)]
 struct Echo {
     instance: u128,
+    /// What the kernel may ring.
+    eventfd: Option<std::fs::File>,
     refuse: AtomicBool,
     channel: Mutex<Option<OpenedChannel>>,
     signals: AtomicU32,
@@ -145,8 +149,37 @@ impl ChannelDevice for Echo {
         self.signals.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        self.eventfd.as_ref().map(|file| file.as_fd())
+    }
+
     fn released(&self) {
         self.released.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// The kernel's table of connections.
+#[derive(Debug, Default)]
+struct Events {
+    connected: Mutex<BTreeMap<u32, RawFd>>,
+    full: AtomicBool,
+}
+
+impl ConnectionEvents for Events {
+    fn add(&self, connection_id: u32, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        if self.full.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let former = lock(&self.connected).insert(connection_id, eventfd.as_raw_fd());
+        assert_eq!(former, None, "connected twice");
+        Ok(())
+    }
+
+    fn remove(&self, connection_id: u32) -> io::Result<()> {
+        match lock(&self.connected).remove(&connection_id) {
+            Some(_) => Ok(()),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 }
 
@@ -220,6 +253,47 @@ fn nothing_of_guest_memory_is_written_after_the_unload_response_or_a_reset() {
         // The offers are still there for the next kernel.
         assert_eq!(guest.connect(Version::V5_3), [1, 2]);
     }
+}
+
+#[test]
+fn the_kernel_has_the_signals_of_a_channel_exactly_while_it_is_open() {
+    let guest = Guest::new(64);
+    let events = Arc::new(Events::default());
+    guest.bus.set_connection_events(events.clone());
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let fd = file.as_raw_fd();
+    let echo = Arc::new(Echo {
+        instance: 1,
+        eventfd: Some(file),
+        ..Echo::default()
+    });
+    guest.bus.offer(echo.clone()).unwrap();
+    guest.connect(Version::V5_3);
+    assert!(lock(&events.connected).is_empty());
+    guest.open(1, 0);
+    assert_eq!(*lock(&events.connected), BTreeMap::from([(0x2001, fd)]));
+    // A signal that leaves the guest all the same reaches the device too.
+    assert_eq!(guest.bus.signal_event(0x2001, 0), Ok(()));
+    guest.post(&words(t::CLOSE_CHANNEL, &[1]));
+    assert!(lock(&events.connected).is_empty());
+    guest.post(&words(t::UNLOAD, &[]));
+    guest.messages();
+
+    // A device that refuses its rings, and a kernel that refuses its eventfd.
+    echo.refuse.store(true, Ordering::SeqCst);
+    guest.connect(Version::V5_3);
+    assert_eq!(guest.try_open(1, 0).len(), 1);
+    assert!(!echo.is_open() && lock(&events.connected).is_empty());
+    guest.post(&words(t::UNLOAD, &[]));
+    guest.messages();
+    echo.refuse.store(false, Ordering::SeqCst);
+    events.full.store(true, Ordering::SeqCst);
+    guest.connect(Version::V5_3);
+    guest.open(1, 0);
+    assert!(echo.is_open() && lock(&events.connected).is_empty());
+    assert_eq!(guest.bus.signal_event(0x2001, 0), Ok(()));
+    guest.bus.reset();
+    assert!(!echo.is_open());
 }
 
 #[test]

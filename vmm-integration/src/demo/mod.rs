@@ -15,7 +15,7 @@ use vpci_conformance::bed::BedKind;
 use vpci_conformance::check::Context;
 use vpci_conformance::trace::Trace;
 
-use crate::cli::DemoArgs;
+use crate::cli::{DemoArgs, HypervMode};
 use crate::conformance;
 use stage::Stage;
 
@@ -28,7 +28,7 @@ const NO_BED: u8 = 3;
 
 /// Runs the demonstration; returns the exit status.
 pub(crate) fn demo(args: &DemoArgs) -> u8 {
-    let bed = match conformance::bed(args.bed) {
+    let bed = match conformance::bed(args.bed, HypervMode::User) {
         Ok(bed) => bed,
         Err(reason) => {
             eprintln!("vpci-vmm: {reason}");

@@ -9,6 +9,7 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 use vm_vpci::kvm::HostSupport;
+use vm_vpci::kvm::hybrid::{HybridError, HybridSupport};
 use vm_vpci::kvm::survey::{self, Need};
 use vm_vpci::kvm::xsave;
 
@@ -48,17 +49,13 @@ pub(crate) struct KvmFacts {
     pub(crate) modules: Vec<String>,
     /// Most vCPUs of a VM.
     pub(crate) max_vcpus: Option<usize>,
+    /// KVM can take part in answering hypercalls, and was tried.
+    pub(crate) hybrid: bool,
     /// Every capability that matters.
     pub(crate) capabilities: Vec<CapabilityFact>,
 }
 
 impl KvmFacts {
-    /// True if everything that is needed for `need` is there.
-    pub(super) fn has_all(&self, need: &str) -> bool {
-        let mut entries = self.capabilities.iter().filter(|c| c.need == need);
-        !self.capabilities.is_empty() && entries.all(|c| c.satisfied)
-    }
-
     /// True if capability `name` is there.
     pub(super) fn has(&self, name: &str) -> bool {
         let mut entries = self.capabilities.iter();
@@ -107,6 +104,9 @@ pub(super) fn examine(root: &Root, findings: &mut Vec<Finding>) -> KvmFacts {
     facts.reason = trial.err().map(|error| error.to_string());
     if facts.usable {
         findings.push(xsave_finding(&kvm));
+        let hybrid = HybridSupport::check(&kvm);
+        facts.hybrid = hybrid.is_ok();
+        findings.push(hybrid_finding(&hybrid));
     }
     for found in survey::survey(&kvm) {
         findings.push(capability_finding(found));
@@ -191,6 +191,20 @@ fn xsave_finding(kvm: &Kvm) -> Finding {
             .status(Status::Limited)
             .found(fault)
             .follows("guests get no XSAVE, and so no AVX"),
+    }
+}
+
+fn hybrid_finding(check: &Result<HybridSupport, HybridError>) -> Finding {
+    let finding = Finding::new(Topic::HyperV, "hybrid mode", Status::Ok);
+    match check {
+        Ok(_) => finding
+            .found("passes its probe")
+            .follows("KVM answers the hypercalls that it can"),
+        // Nothing is lost but speed.
+        Err(error) => finding
+            .status(Status::Note)
+            .found(error.to_string())
+            .follows("hypercalls are answered in user space"),
     }
 }
 

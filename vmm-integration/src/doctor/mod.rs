@@ -38,6 +38,8 @@ const CANNOT_RUN: u8 = 3;
 enum Hypercalls {
     /// This program, as with `--hyperv user`.
     User,
+    /// KVM where it can, as with `--hyperv kernel`.
+    Kernel,
 }
 
 /// Where checks and the demonstration run.
@@ -85,8 +87,11 @@ impl Plan {
         let has_vfio = !vfio.iommus.is_empty() && (vfio.container || vfio.iommufd);
         Self {
             guests: kvm.usable,
-            hypercalls: Hypercalls::User,
-            hybrid_possible: kvm.usable && kvm.has_all("hybrid"),
+            hypercalls: match kvm.hybrid {
+                true => Hypercalls::Kernel,
+                false => Hypercalls::User,
+            },
+            hybrid_possible: kvm.hybrid,
             bed: if kvm.usable { Bed::Kvm } else { Bed::Sim },
             pass_through: match (vfio.nests(), has_vfio && tracks) {
                 (true, _) => PassThrough::Nested,
@@ -103,11 +108,9 @@ impl Plan {
         } else {
             "cannot run"
         };
-        let Hypercalls::User = self.hypercalls;
-        let hypercalls = if self.hybrid_possible {
-            "answered by this program (user); KVM could answer some, which this version leaves unused"
-        } else {
-            "answered by this program (user)"
+        let hypercalls = match self.hypercalls {
+            Hypercalls::User => "answered by this program (user)",
+            Hypercalls::Kernel => "answered by KVM where it can, by this program else (kernel)",
         };
         let bed = match self.bed {
             Bed::Kvm => "kvm: real CPUs make the guest's accesses",

@@ -65,6 +65,7 @@ fn an_empty_host_can_do_nothing_and_says_so_for_everything() {
     assert_eq!(diagnosis.plan.bed, Bed::Sim);
     assert_eq!(diagnosis.plan.pass_through, PassThrough::None);
     assert!(!diagnosis.plan.hybrid_possible);
+    assert_eq!(diagnosis.plan.hypercalls, Hypercalls::User);
     for name in ["/dev/kvm", "IOMMU", "/dev/vfio/vfio", "/dev/iommu"] {
         let finding = named(&diagnosis, name);
         assert_eq!(finding.status, Status::Missing, "{name}");

@@ -58,14 +58,20 @@ pub(crate) fn all() -> Vec<Entry> {
         scenario,
         required: true,
     };
+    let optional = |scenario| Entry {
+        scenario,
+        required: false,
+    };
     vec![
         required(linux("linux-7")),
         required(linux("linux-6.12")),
         required(linux("linux-6.1")),
+        optional(hybrid("linux-7")),
         required(two_buses("linux-7")),
         required(reboot("linux-7")),
         required(rebind("linux-7")),
-        required(conformance()),
+        required(conformance("conformance", "user")),
+        optional(conformance("conformance-hybrid", "kernel")),
     ]
 }
 
@@ -97,6 +103,17 @@ fn linux(family: &str) -> Scenario {
         "disk, entropy source, interrupts and their moves; 1 and 2 vCPUs",
         vec![run(1), run(2)],
     )
+}
+
+/// The same with KVM answering the hypercalls that it can.
+fn hybrid(family: &str) -> Scenario {
+    let mut scenario = linux(family);
+    scenario.name = format!("{family}-hybrid");
+    scenario.description += "; --hyperv kernel";
+    for run in &mut scenario.runs {
+        run.hyperv = Some("kernel".into());
+    }
+    scenario
 }
 
 fn two_buses(family: &str) -> Scenario {
@@ -140,14 +157,17 @@ fn rebind(family: &str) -> Scenario {
     )
 }
 
-/// The conformance suite with its guests on L1's KVM.
-fn conformance() -> Scenario {
+/// The conformance suite with its guests on L1's KVM, which takes part in answering hypercalls or
+/// does not.
+fn conformance(name: &str, hyperv: &str) -> Scenario {
     Scenario {
-        exec: Some("/host/vpci-vmm conformance --bed kvm".into()),
+        exec: Some(format!(
+            "/host/vpci-vmm conformance --bed kvm --hyperv {hyperv}"
+        )),
         time_limit_s: CONFORMANCE_LIMIT_S,
         ..scenario(
-            "conformance",
-            "the conformance suite on virtual CPUs of L1's KVM",
+            name,
+            &format!("the conformance suite on virtual CPUs of L1's KVM, --hyperv {hyperv}"),
             Vec::new(),
         )
     }
@@ -174,7 +194,7 @@ fn run(family: &str, cpus: u32, mode: Mode) -> Run {
         functions: Vec::new(),
         mode,
         repeat: 0,
-        hyperv: None,
+        hyperv: Some("user".into()),
         time_limit_s: RUN_LIMIT_S,
     }
 }

@@ -21,7 +21,7 @@ const CYCLES: usize = 3;
 const PAUSE: Duration = Duration::from_millis(300);
 /// Limit of a change of a CPU's state.
 const CPU_LIMIT: Duration = Duration::from_secs(30);
-/// Limit for the threads to end; a request that takes longer is lost.
+/// Limit for any request to end while the threads end; one that takes longer is lost.
 const JOIN_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
@@ -29,6 +29,8 @@ struct Shared {
     stop: AtomicBool,
     running: AtomicU64,
     requests: AtomicU64,
+    /// Blocks that are back as they were before the load.
+    done: AtomicU64,
     bad: AtomicU64,
     max_latency_us: AtomicU64,
 }
@@ -56,9 +58,13 @@ pub(crate) fn run(
     }
     let disturbed = disturb(cpus, rngs);
     shared.stop.store(true, Ordering::Relaxed);
-    let start = Instant::now();
+    let mut progress = (Instant::now(), 0);
     while shared.running.load(Ordering::Relaxed) > 0 {
-        if start.elapsed() > JOIN_LIMIT {
+        let done = shared.done.load(Ordering::Relaxed);
+        if done != progress.1 {
+            progress = (Instant::now(), done);
+        }
+        if progress.0.elapsed() > JOIN_LIMIT {
             bail!("{}: a request under load does not end", disk.name);
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -118,6 +124,7 @@ fn traffic(disk: &Disk, generation: u64, thread: u64, shared: &Shared) -> Result
             let offset = block * BLOCK as u64;
             pattern.fill(offset, &mut buffer);
             file.write_all_at(&buffer, offset)?;
+            shared.done.fetch_add(1, Ordering::Relaxed);
         }
     }
     Ok(())

@@ -43,12 +43,21 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// VMs of this machine's KVM.
 #[derive(Debug, Default)]
 pub struct KvmBed {
+    hybrid: bool,
     host: OnceLock<Result<KvmHost, String>>,
 }
 
 impl KvmBed {
+    /// VMs in hybrid mode, in which KVM answers the hypercalls that it can.
+    pub fn hybrid() -> Self {
+        Self {
+            hybrid: true,
+            ..Self::default()
+        }
+    }
+
     fn host(&self) -> Result<&KvmHost, String> {
-        let host = self.host.get_or_init(KvmHost::open);
+        let host = self.host.get_or_init(|| KvmHost::open(self.hybrid));
         host.as_ref().map_err(String::clone)
     }
 }
@@ -56,6 +65,10 @@ impl KvmBed {
 impl Bed for KvmBed {
     fn kind(&self) -> BedKind {
         BedKind::Kvm
+    }
+
+    fn is_hybrid(&self) -> bool {
+        self.hybrid
     }
 
     fn available(&self) -> Result<(), String> {
@@ -114,7 +127,11 @@ impl KvmMachine {
             clock: Arc::new(MonotonicClock::default()),
             doorbells,
         };
-        let partition = Arc::new(Partition::new(config, partition_host).map_err(text)?);
+        let partition = match host.kernel_mode(&vm, &vcpus)? {
+            None => Partition::new(config, partition_host),
+            Some(kernel) => Partition::with_kernel(config, partition_host, kernel),
+        };
+        let partition = Arc::new(partition.map_err(text)?);
         for bus in &setup.buses {
             plug(&partition, &workers, bus)?;
         }

@@ -6,15 +6,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2, kvm_lapic_state,
-    kvm_mp_state, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KvmIrqRouting, kvm_cpuid_entry2,
+    kvm_lapic_state, kvm_mp_state, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-use vm_vpci::Partition;
 use vm_vpci::cpuid::Features;
 use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
-use vm_vpci::kvm::{self, HostSupport, xsave};
+use vm_vpci::kvm::hybrid::HybridSupport;
+use vm_vpci::kvm::{self, HostSupport, KvmSintLines, xsave};
+use vm_vpci::{KernelMode, Partition};
 use vpci_puppet::layout::{self, CommandPage, InterruptLog, LOG_OFFSET, vp_block};
 use vpci_puppet::{AddressError, PageTables, io_permission};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -35,6 +36,8 @@ pub(super) fn refused<E: fmt::Display>(what: &'static str) -> impl Fn(E) -> Stri
 pub(super) struct KvmHost {
     kvm: Kvm,
     support: HostSupport,
+    /// How to do hybrid mode; none keeps everything in user space.
+    hybrid: Option<HybridSupport>,
     cpuid: Vec<kvm_cpuid_entry2>,
     xsave: bool,
 }
@@ -48,10 +51,14 @@ impl Debug for KvmHost {
 }
 
 impl KvmHost {
-    /// Opens `/dev/kvm`.
-    pub(super) fn open() -> Result<Self, String> {
+    /// Opens `/dev/kvm`, for VMs in hybrid mode or not.
+    pub(super) fn open(hybrid: bool) -> Result<Self, String> {
         let kvm = Kvm::new().map_err(refused("/dev/kvm"))?;
         let support = HostSupport::check(&kvm).map_err(|error| error.to_string())?;
+        let hybrid = match hybrid {
+            true => Some(HybridSupport::check(&kvm).map_err(|error| error.to_string())?),
+            false => None,
+        };
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("KVM does not tell its CPUID"))?
@@ -61,6 +68,7 @@ impl KvmHost {
         Ok(Self {
             kvm,
             support,
+            hybrid,
             cpuid,
             xsave,
         })
@@ -86,11 +94,38 @@ impl KvmHost {
         vm.create_irq_chip()
             .map_err(refused("KVM makes no interrupt controllers"))?;
         kvm::prepare_vm(&vm).map_err(|error| error.to_string())?;
+        if let Some(hybrid) = self.hybrid {
+            hybrid.prepare_vm(&vm).map_err(|error| error.to_string())?;
+        }
         let vcpus = (0..u64::from(vps))
             .map(|index| vm.create_vcpu(index))
             .collect::<Result<_, _>>()
             .map_err(refused("KVM makes no vCPU"))?;
         Ok((Arc::new(vm), vcpus))
+    }
+
+    /// In hybrid mode, switches KVM's SynIC on and connects its SINTs.
+    pub(super) fn kernel_mode(
+        &self,
+        vm: &Arc<VmFd>,
+        vcpus: &[VcpuFd],
+    ) -> Result<Option<KernelMode>, String> {
+        let Some(hybrid) = self.hybrid else {
+            return Ok(None);
+        };
+        for vcpu in vcpus {
+            hybrid
+                .prepare_vcpu(vcpu)
+                .map_err(|error| error.to_string())?;
+        }
+        let lines = KvmSintLines::new(vm, vcpus.len() as u32, kvm::IRQCHIP_GSIS)
+            .map_err(|error| error.to_string())?;
+        let mut routes = kvm::irqchip_routes();
+        routes.extend(lines.routes());
+        let table = KvmIrqRouting::from_entries(&routes).map_err(|_| "too many routes")?;
+        vm.set_gsi_routing(&table)
+            .map_err(refused("KVM does not route its interrupts"))?;
+        Ok(Some(hybrid.kernel_mode(vm, Arc::new(lines))))
     }
 
     /// Gives vCPU `vp` of `vps` its CPUID and notes its state after power-on.
@@ -115,6 +150,7 @@ impl KvmHost {
         fd.set_cpuid2(&table)
             .map_err(refused("KVM does not take the CPUID table"))?;
         kvm::prepare_vcpu(fd);
+        kvm::forward_msrs(fd, &partition.kernel_msrs(vp)).map_err(|error| error.to_string())?;
         InitialState::of(fd, vp)
     }
 }

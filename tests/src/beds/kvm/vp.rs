@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_vpci::Partition;
-use vm_vpci::kvm;
-use vm_vpci::msr::MsrEffect;
+use vm_vpci::kvm::{self, HypervExit};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use vpci_puppet::layout::DONE_PORT;
 
@@ -164,7 +163,9 @@ impl Runner {
         if order == Order::Reset {
             self.complete_exit();
             self.initial.restore(&self.fd)?;
-            kvm::forward_tsc_invariant(&self.fd, 0).map_err(|error| error.to_string())?;
+            kvm::forward_tsc_invariant(&self.fd, 0)
+                .and_then(|()| kvm::forward_msrs(&self.fd, &self.partition.kernel_msrs(self.vp)))
+                .map_err(|error| error.to_string())?;
         }
         while !self.cancel.load(Ordering::Acquire) {
             if self.enter_guest()? {
@@ -215,14 +216,20 @@ impl Runner {
                 Ok(value) => *exit.data = value,
                 Err(_) => *exit.error = 1,
             },
-            VcpuExit::X86Wrmsr(exit) => {
-                match self.partition.write_msr(self.vp, exit.index, exit.data) {
-                    Ok(MsrEffect::TscInvariant(value)) => {
-                        kvm::forward_tsc_invariant(&self.fd, value)
-                            .map_err(|error| error.to_string())?;
-                    }
-                    Ok(MsrEffect::None | MsrEffect::GuestOsIdCleared) => {}
-                    Err(_) => *exit.error = 1,
+            VcpuExit::X86Wrmsr(_) => {
+                let (partition, vp) = (&self.partition, self.vp);
+                kvm::answer_wrmsr(&mut self.fd, |msr, value, forward| {
+                    partition.write_msr_forwarding(vp, msr, value, forward)
+                })
+                .map_err(|error| error.to_string())?;
+            }
+            VcpuExit::Hyperv => {
+                let partition = &self.partition;
+                let exit =
+                    kvm::answer_hyperv(&mut self.fd, |registers| partition.hypercall(registers))
+                        .map_err(|error| format!("hypercall: {error}"))?;
+                if !matches!(exit, HypervExit::Hypercall(_)) {
+                    return Err(self.failed(format!("{exit:?}")));
                 }
             }
             VcpuExit::Intr => {}

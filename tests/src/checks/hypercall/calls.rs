@@ -169,7 +169,11 @@ fn unknown_codes(context: &Context) -> Verdict {
     let known = [POST_MESSAGE, SIGNAL_EVENT, RETARGET_INTERRUPT];
     // Of the pvIOMMU calls none is offered while no CPUID bit says so.
     let codes = (0..0x110).chain([0x8000, 0x8001, 0xfffe, 0xffff]);
-    for code in codes.filter(|code| !known.contains(code)) {
+    // Flushing TLBs, a long wait, and sending IPIs.
+    let of_the_kernel = [0x02, 0x03, 0x13, 0x14, 0x08, 0x0b, 0x15];
+    let offered =
+        |code: &u64| known.contains(code) || (context.is_hybrid() && of_the_kernel.contains(code));
+    for code in codes.filter(|code| !offered(code)) {
         for flags in [0, FAST] {
             let got = status_of(&kernel, code | flags)?;
             let what = format!("status of call {code:#x}");
