@@ -12,6 +12,7 @@ use crate::check::Check;
 pub mod discovery;
 pub mod hypercall;
 pub mod journey;
+pub mod rings;
 pub mod synic;
 pub mod vmbus;
 pub mod vpci;
@@ -22,6 +23,7 @@ pub const AREAS: &[&[&[Check]]] = &[
     &hypercall::CHECKS,
     &synic::CHECKS,
     &vmbus::CHECKS,
+    &rings::CHECKS,
     &vpci::CHECKS,
     &journey::CHECKS,
 ];
