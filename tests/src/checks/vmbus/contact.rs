@@ -439,7 +439,7 @@ fn monitor_pages(context: &Context) -> Verdict {
                 ..Contact::linux(kernel.vm(), version, 0)?
             };
             let answer = vmbus.contact(&contact)?;
-            let what = format!("version {version:#x} with monitor pages {monitor:#x?} supported");
+            let what = format!("version {version:#x} with monitor pages {monitor:x?} supported");
             equal(what, answer.supported, supported)?;
             vmbus.expect_silence()?;
         }

@@ -128,7 +128,7 @@ pub(super) const CHECKS: &[Check] = &[
     ),
     Check::new(
         "vmbus.gpadl.limits",
-        "Lists, lists in progress and their bytes are bounded; a teardown makes room.",
+        "Lists, those in progress and their bytes are bounded; refusals and teardowns leave room.",
         &["VB-4-10", "VB-8-14", "VB-8-13"],
         limits,
     ),
@@ -537,6 +537,14 @@ fn limits(context: &Context) -> Verdict {
     equal("lists up to the limit", ids.len(), 12)?;
     for id in &ids {
         vmbus.tear_down(relid, *id)?;
+    }
+    // What is refused takes no room, be it malformed or outside RAM.
+    for _ in 0..40 {
+        let id = vmbus.gpadl_id();
+        vmbus.send(&header(relid, id, 64, 1, &[0; 64]).0)?;
+        gpadl_refused(&vmbus, relid, id, "a range of no bytes")?;
+        vmbus.send_gpadl(relid, id, &[u64::MAX; 30])?;
+        gpadl_refused(&vmbus, relid, id, "pages outside RAM")?;
     }
     // 1024 bytes are a list of 127 pages.
     let pfns = fresh(vmbus.vm(), 128)?;
