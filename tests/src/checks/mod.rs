@@ -10,8 +10,11 @@ use regex::Regex;
 use crate::check::Check;
 
 pub mod discovery;
+pub mod dma;
 pub mod hypercall;
+pub mod interrupts;
 pub mod journey;
+pub mod life;
 pub mod rings;
 pub mod synic;
 pub mod vmbus;
@@ -25,6 +28,9 @@ pub const AREAS: &[&[&[Check]]] = &[
     &vmbus::CHECKS,
     &rings::CHECKS,
     &vpci::CHECKS,
+    &interrupts::CHECKS,
+    &dma::CHECKS,
+    &life::CHECKS,
     &journey::CHECKS,
 ];
 
