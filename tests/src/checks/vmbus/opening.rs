@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{alive, fresh, offered, open_of, refused, ring_gpadl, two_offers};
-use crate::check::{Check, Context, Failure, Verdict, equal};
+use crate::check::{Check, Context, Failure, SIM, Verdict, equal};
 use crate::model::kernel::{VMBUS_SINT, status};
 use crate::model::ring::{Packet, Ring};
 use crate::model::vm::PAGE;
@@ -77,6 +77,13 @@ pub(super) const CHECKS: &[Check] = &[
         &["VB-5-06", "VB-6-04"],
         packet_before_open,
     ),
+    Check::new(
+        "vmbus.open.signal-after-result",
+        "What the host sent before the result is signalled once more after it.",
+        &["VB-5-06"],
+        signal_after_result,
+    )
+    .on(SIM),
     Check::new(
         "vmbus.open.while-closing",
         "CLOSE and OPEN on end open the channel anew.",
@@ -349,6 +356,27 @@ fn packet_before_open(context: &Context) -> Verdict {
     let ids: Vec<u64> = channel.receive()?.iter().map(|packet| packet.id).collect();
     equal("ids of the completions", ids, vec![77])?;
     equal("interrupt of the channel", channel.interrupted()?, true)
+}
+
+fn signal_after_result(context: &Context) -> Verdict {
+    let (vmbus, offer) = offered(context)?;
+    let (gpadl, pfns) = ring_gpadl(&vmbus, &offer, 10)?;
+    let (to_host, _) = prepare(&vmbus, &pfns)?;
+    let request = Bytes::words(&[vpci::QUERY_PROTOCOL_VERSION, 0x1_0004]);
+    to_host.send(&Packet::request(77, &request.0))?;
+    vmbus.send(&open_of(&offer, gpadl).encode().0)?;
+    // A guest that ignores the channel's interrupts until it knows that the channel is open.
+    let synic = vmbus.kernel().synic(0);
+    while synic.pending(VMBUS_SINT)? == 0 {
+        synic.take_event(VMBUS_SINT, offer.relid as u16)?;
+        if !vmbus.vm().step() {
+            break;
+        }
+    }
+    let result = vmbus.expect(message::OPEN_CHANNEL_RESULT, 20)?;
+    equal("status", u32_at(&result, 16), 0)?;
+    let event = synic.take_event(VMBUS_SINT, offer.relid as u16)?;
+    equal("event flag of the channel", event, true)
 }
 
 fn while_closing(context: &Context) -> Verdict {
