@@ -5,6 +5,7 @@ mod guest;
 mod hypercall;
 #[cfg(feature = "kvm")]
 mod kvm;
+mod pviommu;
 mod ring;
 mod vpci;
 
@@ -21,6 +22,7 @@ fn main() {
     ring::bench(&mut criterion);
     vpci::bench(&mut criterion);
     delivery::bench(&mut criterion);
+    pviommu::bench(&mut criterion);
     #[cfg(feature = "kvm")]
     kvm::bench(&mut criterion);
     criterion.final_summary();

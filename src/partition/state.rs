@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{Partition, Plugged};
 use crate::msr::{MsrError, PartitionMsrsState};
+use crate::pviommu::{IommuState, IommuStateError};
 use crate::synic::{SynicState, SynicStateError};
 use crate::vmbus::{ChannelDevice, ChannelIdentity, RingsState, VmBusState, VmBusStateError};
 use crate::vpci::bus::Bus;
@@ -27,6 +28,8 @@ pub struct PartitionState {
     pub vmbus: VmBusState,
     /// Buses in the order in which they were plugged in.
     pub buses: Vec<PluggedState>,
+    /// Domains and attachments, if the VM has a pvIOMMU.
+    pub iommu: Option<IommuState>,
 }
 
 impl PartitionState {
@@ -71,6 +74,12 @@ pub enum PartitionStateError {
     /// The MSRs were refused.
     #[error(transparent)]
     Msr(#[from] MsrError),
+    /// The pvIOMMU was refused.
+    #[error(transparent)]
+    Iommu(#[from] IommuStateError),
+    /// One of both partitions has a pvIOMMU, the other has none.
+    #[error("the state is that of a partition with a pvIOMMU, or without one, unlike this one")]
+    IommuPresence,
 }
 
 impl Partition {
@@ -91,6 +100,7 @@ impl Partition {
             vmbus,
             synic: self.synic.save(),
             msrs: self.msrs.save(),
+            iommu: self.iommu.as_ref().map(|iommu| iommu.save()),
         }
     }
 
@@ -147,6 +157,12 @@ impl Partition {
             }
         }
         result?;
+        // After the buses, whose way to D0 has released what was held.
+        match (&self.iommu, &state.iommu) {
+            (None, None) => {}
+            (Some(iommu), Some(state)) => iommu.restore(state)?,
+            _ => return Err(PartitionStateError::IommuPresence),
+        }
         // Last: taking over VMBus drops the messages that wait in the SynIC.
         self.synic.restore(&state.synic)?;
         Ok(())

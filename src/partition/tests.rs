@@ -14,10 +14,12 @@ use super::*;
 use crate::devices::testdev::TestDevice;
 use crate::hypercall::CallInstruction;
 use crate::msr::DEFAULT_HYPERCALL_PORT;
+use crate::pviommu::{FaultCause, IommuMode};
 use crate::vmbus::ring::guest::{GuestRing, Received, ram};
 use crate::vmm::{MonotonicClock, Msi, Trigger, Worker};
 
 mod hostile;
+mod iommu;
 mod state;
 
 const INSTANCE: Uuid = uuid!("00000001-1234-ab78-8000-000000000000");
@@ -165,15 +167,24 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 impl Guest {
     fn new() -> Self {
-        Self::build(ram(256), false)
+        Self::build(ram(256), false, None)
     }
 
     /// A guest on a new partition over `ram`.
     fn over(ram: GuestRam) -> Self {
-        Self::build(ram, false)
+        Self::build(ram, false, None)
     }
 
-    fn build(ram: GuestRam, hybrid: bool) -> Self {
+    /// The same, whose function is behind a pvIOMMU.
+    fn with_iommu(ram: GuestRam, iommu: IommuConfig) -> Self {
+        Self::build(ram, false, Some(iommu))
+    }
+
+    fn build(ram: GuestRam, hybrid: bool, iommu: Option<IommuConfig>) -> Self {
+        let mode = match iommu {
+            Some(_) => IommuMode::On,
+            None => IommuMode::Off,
+        };
         let host = Arc::new(Loop::default());
         let interrupts = Arc::new(Interrupts::default());
         let config = PartitionConfig {
@@ -187,7 +198,7 @@ impl Guest {
             features: Features::default(),
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: VmBusConfig::default(),
-            iommu: None,
+            iommu,
         };
         let services = PartitionHost {
             ram: ram.clone(),
@@ -217,7 +228,7 @@ impl Guest {
         let device = TestDevice::new(1, &*host).unwrap();
         let spec = BusSpec {
             instance: INSTANCE,
-            functions: vec![FunctionSpec::new(0, device.clone())],
+            functions: vec![FunctionSpec::new(0, device.clone()).with_iommu(mode)],
         };
         partition.plug(spec).unwrap();
         let guest = Self {
@@ -586,7 +597,7 @@ fn a_guest_does_the_main_job_with_every_vmbus_and_vpci_version() {
 
 #[test]
 fn a_guest_does_the_main_job_in_hybrid_mode_and_again_after_a_reset() {
-    let mut guest = Guest::build(ram(256), true);
+    let mut guest = Guest::build(ram(256), true, None);
     guest.main_job(0x6_0000, 0x1_0004);
     let kernel = guest.kernel.clone().unwrap();
     assert_eq!(kernel.msr(0, 0x4000_0000), Some(0x8100 << 48));
@@ -614,7 +625,7 @@ fn a_guest_does_the_main_job_in_hybrid_mode_and_again_after_a_reset() {
 
 #[test]
 fn hybrid_mode_shows_in_the_hypercall_page_and_in_one_leaf() {
-    let (plain, hybrid) = (Guest::new(), Guest::build(ram(256), true));
+    let (plain, hybrid) = (Guest::new(), Guest::build(ram(256), true, None));
     let page = |guest: &Guest| {
         guest.boot();
         let mut page = vec![0; 0x1000];

@@ -32,6 +32,7 @@ mod backend;
 mod calls;
 mod directory;
 mod iotlb;
+mod state;
 mod table;
 mod translation;
 mod unit;
@@ -42,6 +43,7 @@ pub use calls::IommuGroup;
 pub use directory::IommuMode;
 pub(crate) use iotlb::Iotlb;
 pub use iotlb::IotlbCounters;
+pub use state::{DeviceState, DomainState, IommuState, IommuStateError};
 pub(crate) use translation::touches_interrupts;
 pub use translation::{
     Access, Attachment, DmaFault, FaultCause, FlushRange, Levels, PageTable, Translation,

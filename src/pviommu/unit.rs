@@ -346,7 +346,7 @@ impl PvIommu {
         }
         match self.write().create(number) {
             Ok(slot) => {
-                self.faults(slot + 1).store(0, Ordering::Relaxed);
+                self.forget_faults(slot);
                 Ok(())
             }
             Err(InsertError::Exists) => Err(HvStatus::KEY_ALREADY_EXISTS),
@@ -381,13 +381,8 @@ impl PvIommu {
     pub fn configure(&self, number: u32, translation: Translation) -> Result<(), HvStatus> {
         let mut directory = self.write();
         let slot = find(&directory, number)?;
-        if let Translation::Paged(table) = translation {
-            let usable = table.root.is_multiple_of(PAGE_SIZE)
-                && self.ram.is_ram(table.root, PAGE_SIZE)
-                && (table.levels == Levels::Four || self.config.five_levels);
-            if !usable {
-                return Err(HvStatus::INVALID_PARAMETER);
-            }
+        if !self.is_possible(&translation) {
+            return Err(HvStatus::INVALID_PARAMETER);
         }
         let former = directory.domains.get(slot).and_then(|d| d.translation);
         self.set_translation(&mut directory, slot, Some(translation));
@@ -402,6 +397,16 @@ impl PvIommu {
             return Err(HvStatus::OPERATION_FAILED);
         }
         Ok(())
+    }
+
+    /// False for a table that no domain here can have.
+    pub(super) fn is_possible(&self, translation: &Translation) -> bool {
+        let Translation::Paged(table) = translation else {
+            return true;
+        };
+        table.root.is_multiple_of(PAGE_SIZE)
+            && self.ram.is_ram(table.root, PAGE_SIZE)
+            && (table.levels == Levels::Four || self.config.five_levels)
     }
 
     fn set_translation(&self, directory: &mut Directory, slot: u32, to: Option<Translation>) {
@@ -572,6 +577,11 @@ impl PvIommu {
             }
             HvStatus::OPERATION_FAILED
         })
+    }
+
+    /// The domain in `slot` is a new one.
+    pub(super) fn forget_faults(&self, slot: u32) {
+        self.faults(slot + 1).store(0, Ordering::Relaxed);
     }
 
     fn faults(&self, slot: u32) -> &AtomicU64 {

@@ -1,4 +1,4 @@
-//! Every interleaving of what the cache and the flush are made of.
+//! The interleavings of what the cache and the flush are made of.
 #![forbid(unsafe_code)]
 
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,9 +12,16 @@ const PAGE: (u64, u64) = (11, 110);
 /// Another page that has the same place in the cache.
 const RIVAL: (u64, u64) = (22, 220);
 
+/// Explores every interleaving with at most three preemptions: those that find bugs have fewer.
+fn explore(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(model);
+}
+
 #[test]
 fn a_value_always_belongs_to_its_tag() {
-    loom::model(|| {
+    explore(|| {
         let cell = Arc::new(Cell::default());
         let writers = [PAGE, RIVAL].map(|(tag, value)| {
             let cell = cell.clone();
@@ -35,7 +42,7 @@ fn a_value_always_belongs_to_its_tag() {
 
 #[test]
 fn a_value_that_is_replaced_under_its_tag_is_old_or_new() {
-    loom::model(|| {
+    explore(|| {
         let cell = Arc::new(Cell::default());
         cell.store(PAGE.0, 1);
         let writer = {
@@ -86,7 +93,7 @@ impl Model {
 
 #[test]
 fn no_access_outlives_a_flush() {
-    loom::model(|| {
+    explore(|| {
         let model = Arc::new(Model {
             gate: RwLock::new(Cell::default()),
             entry: AtomicU64::new(PAGE.1),

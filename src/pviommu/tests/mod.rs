@@ -6,6 +6,9 @@
 mod calls;
 mod dma;
 mod lifecycle;
+mod model;
+mod reference;
+mod stress;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -121,7 +124,10 @@ impl Bed {
     }
 
     pub(super) fn with(config: IommuConfig) -> Self {
-        let ram = guest_ram();
+        Self::over(guest_ram(), config)
+    }
+
+    pub(super) fn over(ram: GuestRam, config: IommuConfig) -> Self {
         let iommu = PvIommu::new(config, ram.clone()).unwrap();
         let calls = Dispatcher::new(ram.clone(), Features::default())
             .with_group(Arc::new(IommuGroup::new(iommu.clone())));
