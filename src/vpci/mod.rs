@@ -19,7 +19,8 @@
 //! Each lock may be taken while holding those above it, never the other way round.
 //!
 //! 1. the channel lock of a bus: held for one step of its worker, and by open, close, reset, save;
-//! 2. the placement lock of a function: configuration writes, BAR mapping, reset;
+//! 2. the pvIOMMU's own lock, when a bus is brought to D0; or the placement lock of a function:
+//!    configuration writes, BAR mapping, reset;
 //! 3. a BAR's lock: shared during an access, exclusive when it is unmapped;
 //! 4. one of: the edit lock of the MMIO space; the guard of the function's DMA port; an MSI-X
 //!    entry or the MSI state of its interrupts; the allocator of its message handles;

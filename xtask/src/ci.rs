@@ -42,12 +42,13 @@ type FixedPart = fn() -> Result<()>;
 type Part<'a> = (String, Box<dyn Fn() -> Result<()> + 'a>);
 
 fn parts(options: &Options) -> Vec<Part<'_>> {
-    let fixed: [(&str, FixedPart); 7] = [
+    let fixed: [(&str, FixedPart); 8] = [
         ("formatting", formatting),
         ("clippy", clippy),
         ("clippy, portable core", clippy_portable),
         ("documentation", documentation),
         ("tests", tests),
+        ("models of lock-free code", loom_models),
         ("portable core", portable_core),
         ("kernels and images", rig::prepare_all),
     ];
@@ -169,6 +170,17 @@ fn tests() -> Result<()> {
         cargo()
             .args(["test", "--workspace"])
             .env("VPCI_REQUIRE", required_beds()),
+    )
+}
+
+/// Loom's models, in a target directory of their own: the flag is in every crate's fingerprint.
+fn loom_models() -> Result<()> {
+    command::run(
+        cargo()
+            .args(["test", "-p", "vm-vpci", "--no-default-features"])
+            .args(["--lib", "loom_tests"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", "target/loom"),
     )
 }
 

@@ -94,7 +94,7 @@ impl Reference {
                 let last = root.checked_add(0xfff);
                 let whole =
                     self.byte(root).is_some() && last.is_some_and(|last| self.byte(last).is_some());
-                if root % 0x1000 != 0 || !whole {
+                if !root.is_multiple_of(0x1000) || !whole {
                     return 0x05;
                 }
                 let levels = if flags == 5 { 5 } else { 4 };
@@ -190,7 +190,7 @@ impl Reference {
         if entry & 1 == 0 {
             return Err(FaultCause::NotPresent { level: number });
         }
-        if leaf && (level > 3 || address % size != 0) {
+        if leaf && (level > 3 || !address.is_multiple_of(size)) {
             return Err(FaultCause::Reserved { level: number });
         }
         if entry & 4 == 0 {
