@@ -170,7 +170,10 @@ fn features(config: &CpuidConfig) -> CpuidLeaf {
     low.set(PrivilegesLow::TSC_INVARIANT, offered.tsc_invariant);
     let mut features = Features::empty();
     features.set(Features::FREQUENCY_MSRS, offered.frequencies);
-    features.set(Features::XMM_INPUT, offered.xmm_input);
+    features.set(
+        Features::XMM_INPUT,
+        offered.xmm_input || mutant!("cpuid-xmm-offered"),
+    );
     features.set(Features::XMM_OUTPUT, offered.xmm_output);
     features.set(Features::HYPERCALL_MSR_LOCK, offered.hypercall_lock);
     features.set(Features::DEVICE_DOMAINS, config.iommu);

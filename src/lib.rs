@@ -103,6 +103,31 @@
 //! default; without them the portable core remains, which needs no Linux-only crate.
 #![deny(unsafe_code)]
 
+/// A place where the mutation check of the conformance suite can break the library
+/// (docs/mutants.md): true while the mutant is selected, or the wrong value then instead of the
+/// right one. In every build without `--cfg vpci_mutants`, `false` and the right value.
+#[cfg(not(vpci_mutants))]
+macro_rules! mutant {
+    ($name:literal) => {
+        false
+    };
+    ($name:literal, $wrong:expr, $right:expr) => {
+        $right
+    };
+}
+#[cfg(vpci_mutants)]
+macro_rules! mutant {
+    ($name:literal) => {
+        $crate::mutants::is_selected($name)
+    };
+    ($name:literal, $wrong:expr, $right:expr) => {
+        match $crate::mutants::is_selected($name) {
+            true => $wrong,
+            false => $right,
+        }
+    };
+}
+
 pub mod cpuid;
 pub mod device_id;
 pub mod devices;
@@ -113,6 +138,8 @@ pub mod hypercall;
 pub mod kvm;
 pub mod mem;
 pub mod msr;
+#[cfg(vpci_mutants)]
+pub mod mutants;
 pub mod partition;
 pub mod pviommu;
 pub mod synic;

@@ -240,13 +240,14 @@ impl PartitionMsrs {
         let value = match msr {
             msr::GUEST_OS_ID => self.lock().guest_os_id,
             msr::HYPERCALL => self.lock().hypercall,
-            msr::VP_INDEX => u64::from(vp),
+            msr::VP_INDEX => mutant!("msr-vp-index", 0, u64::from(vp)),
             msr::TIME_REF_COUNT if features.reference_counter => self.clock.reference_time(),
             msr::REFERENCE_TSC => self.lock().reference_tsc,
             msr::TSC_FREQUENCY if features.frequencies => self.config.tsc_hz,
             msr::APIC_FREQUENCY if features.frequencies => self.config.apic_hz,
             msr::VP_ASSIST_PAGE => self.lock().vp_assist[vp as usize],
             msr::TSC_INVARIANT_CONTROL if features.tsc_invariant => self.lock().tsc_invariant,
+            _ if mutant!("msr-unknown-reads-zero") => 0,
             _ => return Err(GpFault),
         };
         Ok(value)
@@ -399,7 +400,7 @@ impl PartitionMsrs {
 
     fn write_guest_os_id(&self, registers: &mut Registers, value: u64) -> MsrEffect {
         let former = std::mem::replace(&mut registers.guest_os_id, value);
-        if value != 0 || former == 0 {
+        if value != 0 || former == 0 || mutant!("os-id-clear-keeps-page") {
             return MsrEffect::None;
         }
         self.remove_page(registers);
@@ -408,7 +409,9 @@ impl PartitionMsrs {
     }
 
     fn write_hypercall(&self, registers: &mut Registers, value: u64) -> Result<(), GpFault> {
-        if registers.hypercall & msr::HYPERCALL_LOCKED != 0 {
+        if registers.hypercall & msr::HYPERCALL_LOCKED != 0
+            && !mutant!("hypercall-page-lock-ignored")
+        {
             return Err(GpFault);
         }
         let enable = value & msr::PAGE_ENABLE != 0;
@@ -416,7 +419,7 @@ impl PartitionMsrs {
         if enable && !self.ram.is_ram(page, PAGE_SIZE) {
             return Err(GpFault);
         }
-        if enable && registers.guest_os_id == 0 {
+        if enable && registers.guest_os_id == 0 && !mutant!("hypercall-page-without-identity") {
             // The write does not take effect; the guest sees that on reading back.
             return Ok(());
         }
@@ -444,7 +447,8 @@ impl PartitionMsrs {
     /// Switches hypercalls off and brings back the RAM under the page, if there is one. Leaves the
     /// register to the caller.
     fn remove_page(&self, registers: &mut Registers) {
-        self.hypercalls.store(false, Ordering::Release);
+        self.hypercalls
+            .store(mutant!("hypercalls-without-page"), Ordering::Release);
         self.uncover(registers);
     }
 
@@ -453,6 +457,7 @@ impl PartitionMsrs {
             return;
         };
         if let Some(backing) = registers.backing.take()
+            && !mutant!("hypercall-page-left-behind")
             && let Err(error) = self.ram.write(page, &backing[..])
         {
             log::warn!("hypercall page cannot be uncovered: {error}");

@@ -127,7 +127,7 @@ impl Dispatcher {
     /// Executes the call that a VP made. `enabled` says whether hypercalls are enabled
     /// ([`crate::msr::PartitionMsrs::hypercalls_enabled`]).
     pub fn call(&self, enabled: bool, registers: &mut dyn CallRegisters) -> Outcome {
-        if !enabled || registers.cpl() != 0 {
+        if !enabled || (registers.cpl() != 0 && !mutant!("hypercall-at-any-cpl")) {
             self.stats.count_invalid_opcode();
             return Outcome::InvalidOpcode;
         }
@@ -222,9 +222,9 @@ impl Dispatcher {
     }
 
     fn check_list(&self, gpa: u64, len: u64) -> Result<(), HvStatus> {
-        let fits = gpa.is_multiple_of(8)
-            && gpa % PAGE_SIZE + len <= PAGE_SIZE
-            && self.ram.is_ram(gpa, len);
+        let aligned = gpa.is_multiple_of(8) || mutant!("hypercall-misaligned-list");
+        let in_page = gpa % PAGE_SIZE + len <= PAGE_SIZE || mutant!("hypercall-list-across-pages");
+        let fits = aligned && in_page && self.ram.is_ram(gpa, len);
         fits.then_some(()).ok_or(HvStatus::INVALID_ALIGNMENT)
     }
 
@@ -238,7 +238,9 @@ impl Dispatcher {
         if input_len > FAST_ALL || output + output_len > FAST_ALL {
             return Err(HvStatus::INVALID_HYPERCALL_INPUT.into());
         }
-        if (input_len > FAST_GENERAL && !self.xmm_input) || (output_len > 0 && !self.xmm_output) {
+        if (input_len > FAST_GENERAL && !self.xmm_input && !mutant!("hypercall-xmm-not-offered"))
+            || (output_len > 0 && !self.xmm_output)
+        {
             return Err(Refusal::InvalidOpcode);
         }
         let mut block = [0; FAST_ALL];
@@ -347,8 +349,12 @@ fn check_control(control: Control, format: &CallFormat) -> Result<(), HvStatus> 
         Some(_) => start < count,
         None => count == 0 && start == 0,
     };
-    let variable_fits = format.variable || control.variable_qwords() == 0;
-    if control.has_reserved_bits() || !rep_fits || !variable_fits {
+    let variable_fits =
+        format.variable || control.variable_qwords() == 0 || mutant!("hypercall-variable-header");
+    if (control.has_reserved_bits() && !mutant!("hypercall-reserved-bits"))
+        || !rep_fits
+        || !variable_fits
+    {
         return Err(HvStatus::INVALID_HYPERCALL_INPUT);
     }
     Ok(())

@@ -62,13 +62,15 @@ impl InterruptGroup {
 
     fn parse(&self, call: &Call<'_>) -> Result<RetargetInterrupt, HvStatus> {
         let input: RetargetInput = call.header()?;
-        if input.partition_id != PARTITION_SELF {
+        if input.partition_id != PARTITION_SELF && !mutant!("retarget-any-partition") {
             return Err(HvStatus::INVALID_PARTITION_ID);
         }
         // Proxy redirection (flag 4) is not offered, hence unknown.
         let unknown_flags = input.flags & !(RETARGET_MULTICAST | RETARGET_PROCESSOR_SET);
         let reserved = u64::from(input.reserved0) | input.reserved1 | u64::from(unknown_flags);
-        if input.source != INTERRUPT_SOURCE_MSI || reserved != 0 || !VECTORS.contains(&input.vector)
+        if input.source != INTERRUPT_SOURCE_MSI
+            || (reserved != 0 && !mutant!("retarget-reserved-fields"))
+            || (!VECTORS.contains(&input.vector) && !mutant!("retarget-any-vector"))
         {
             return Err(HvStatus::INVALID_PARAMETER);
         }
@@ -91,7 +93,7 @@ fn targets(input: &RetargetInput, variable: &[u8]) -> Option<VpSet> {
     if input.flags & RETARGET_PROCESSOR_SET == 0 {
         return variable.is_empty().then(|| VpSet::from_mask(input.target));
     }
-    if input.target != VP_SET_SPARSE_4K {
+    if input.target != VP_SET_SPARSE_4K && !mutant!("retarget-set-format") {
         return None;
     }
     let (chunks, _) = variable.as_chunks::<8>();

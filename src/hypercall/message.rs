@@ -56,7 +56,8 @@ impl MessageGroup {
         let input: PostMessageInput = call.header()?;
         let reserved = input.reserved != 0;
         let bad_type = input.message_type == 0 || input.message_type >> 31 != 0;
-        let payload = input.payload.get(..input.payload_size as usize);
+        let most = mutant!("post-payload-cut", input.payload.len(), usize::MAX);
+        let payload = input.payload.get(..most.min(input.payload_size as usize));
         match payload {
             Some(payload) if !reserved && !bad_type => self.calls.post_message(&PostMessage {
                 connection_id: input.connection_id,

@@ -128,6 +128,7 @@ impl VpSynic {
                 prepare_page(self.simp, value, fabric.ram)?;
                 self.simp = value;
             }
+            msr::EOM if mutant!("synic-eom-lost") => return Ok(()),
             msr::EOM => {}
             msr::SINT0..=msr::SINT15 => {
                 let sint = Sint(value);
@@ -160,7 +161,7 @@ impl VpSynic {
         message: Message,
         fabric: Fabric<'_>,
     ) -> Result<(), SynicError> {
-        if self.queue.len() >= limit {
+        if self.queue.len() >= limit && !mutant!("synic-queue-unlimited") {
             self.refused = true;
             self.counters.queue_full += 1;
             return Err(SynicError::QueueFull { vp: fabric.vp });
@@ -177,7 +178,8 @@ impl VpSynic {
         debug_assert!(flag < EVENT_FLAGS);
         let source = self.sints[usize::from(sint)];
         let enabled = self.scontrol & msr::SCONTROL_ENABLE != 0;
-        let page = page(self.siefp).filter(|_| enabled && !source.is_masked());
+        let page = page(self.siefp)
+            .filter(|_| (enabled || mutant!("synic-events-while-off")) && !source.is_masked());
         let former = page.and_then(|page| {
             let word = page + u64::from(sint) * SLOT_SIZE + u64::from(flag / 32) * 4;
             // Orders all that the event announces before the flag.
@@ -190,7 +192,7 @@ impl VpSynic {
             self.counters.events_refused += 1;
             return false;
         };
-        if former & 1 << (flag % 32) != 0 {
+        if former & 1 << (flag % 32) != 0 && !mutant!("synic-event-raised-again") {
             self.counters.events_merged += 1;
             return true;
         }
@@ -239,7 +241,9 @@ impl VpSynic {
     /// of the SINT, where it has one, else as an MSI.
     fn raise(&mut self, sint: u8, fabric: Fabric<'_>) {
         let source = self.sints[usize::from(sint)];
-        if source.is_masked() || source.is_polling() {
+        let masked = source.is_masked() && !mutant!("synic-masked-sint-raises");
+        let polling = source.is_polling() && !mutant!("synic-polled-sint-raises");
+        if masked || polling {
             return;
         }
         self.counters.interrupts += 1;
@@ -263,7 +267,7 @@ impl VpSynic {
 
 /// True if a guest may write this value to a SINT: an unmasked vector below 16 faults.
 pub(super) fn sint_is_valid(sint: Sint) -> bool {
-    sint.is_masked() || sint.vector() >= 16
+    sint.is_masked() || sint.vector() >= 16 || mutant!("synic-low-vector")
 }
 
 /// Address of the page that SIEFP or SIMP puts in force.
@@ -280,7 +284,9 @@ pub(super) fn page_is_valid(register: u64, ram: &GuestRam) -> bool {
 /// looks like an occupied slot. Faults, with memory unchanged, if the page is not RAM.
 fn prepare_page(old: u64, new: u64, ram: &GuestRam) -> Result<(), GpFault> {
     match page(new) {
-        Some(gpa) if page(old) != Some(gpa) => ram.fill(gpa, PAGE_SIZE, 0).map_err(|_| GpFault),
+        Some(gpa) if page(old) != Some(gpa) && !mutant!("synic-page-not-cleared") => {
+            ram.fill(gpa, PAGE_SIZE, 0).map_err(|_| GpFault)
+        }
         Some(gpa) if !ram.is_ram(gpa, PAGE_SIZE) => Err(GpFault),
         _ => Ok(()),
     }
@@ -293,10 +299,13 @@ fn fill_slot(page: u64, message: &Message, ram: &GuestRam) -> Result<bool, MemEr
     let owner = slot + MESSAGE_TYPE_OFFSET;
     if ram.load_u32(owner, Ordering::SeqCst)? != MESSAGE_NONE {
         let flags = slot + MESSAGE_SIZE_FLAGS_OFFSET;
-        ram.fetch_or_u32(flags, MESSAGE_PENDING, Ordering::SeqCst)?;
+        let pending = mutant!("synic-no-pending-flag", 0, MESSAGE_PENDING);
+        ram.fetch_or_u32(flags, pending, Ordering::SeqCst)?;
         // The guest frees the slot and then reads the flag; this stores the flag and then reads the
         // slot. One of the two sees the other.
-        if ram.load_u32(owner, Ordering::SeqCst)? != MESSAGE_NONE {
+        if ram.load_u32(owner, Ordering::SeqCst)? != MESSAGE_NONE
+            && !mutant!("synic-slot-overwritten")
+        {
             return Ok(false);
         }
     }

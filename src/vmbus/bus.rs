@@ -153,7 +153,11 @@ impl VmBus {
         if inbox.len() >= self.limits.inbox {
             if !message.supersedes() {
                 self.inbox_full.fetch_add(1, Ordering::Relaxed);
-                return Err(HvStatus::INSUFFICIENT_BUFFERS);
+                return mutant!(
+                    "inbox-full-drops",
+                    Ok(()),
+                    Err(HvStatus::INSUFFICIENT_BUFFERS)
+                );
             }
             // A crash kernel connects over the remains of the kernel before it.
             self.superseded
@@ -179,7 +183,7 @@ impl VmBus {
             .get(relid as usize)
             .and_then(Option::as_ref)
             .ok_or(HvStatus::INVALID_CONNECTION_ID)?;
-        if flag != 0 {
+        if flag != 0 && !mutant!("signal-any-flag") {
             return Err(HvStatus::INVALID_PARAMETER);
         }
         device.signalled();

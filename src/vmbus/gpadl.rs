@@ -72,14 +72,17 @@ impl Gpadls {
             range_count,
             ..
         } = *header;
-        if self.building.contains_key(&gpadl) || self.complete.contains_key(&(relid, gpadl)) {
+        if self.building.contains_key(&gpadl)
+            || (self.complete.contains_key(&(relid, gpadl)) && !mutant!("gpadl-id-taken"))
+        {
             return Err(GpadlError::Duplicate);
         }
         if range_count == 0 || range_len == 0 || !range_len.is_multiple_of(8) {
             return Err(GpadlError::Malformed);
         }
         let bytes = self.bytes + usize::from(range_len);
-        if self.complete.len() + self.building.len() >= limits.gpadls
+        let most = mutant!("gpadl-no-limit", usize::MAX, limits.gpadls);
+        if self.complete.len() + self.building.len() >= most
             || bytes > limits.gpadl_bytes
             || self.building.len() >= limits.gpadls_in_progress
         {
@@ -232,7 +235,7 @@ impl GpadlState {
             let (_, pfns, next) = next_range(rest).ok_or(GpadlError::Malformed)?;
             for pfn in words(pfns) {
                 let gpa = pfn.checked_mul(PAGE_SIZE).ok_or(GpadlError::NotRam)?;
-                if !ram.is_ram(gpa, PAGE_SIZE) {
+                if !ram.is_ram(gpa, PAGE_SIZE) && !mutant!("gpadl-outside-ram") {
                     return Err(GpadlError::NotRam);
                 }
             }

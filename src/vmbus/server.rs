@@ -314,6 +314,7 @@ impl Server {
         }
         match channel.phase {
             Phase::Withheld => self.withdraw(id),
+            Phase::Offered if mutant!("removal-not-rescinded") => {}
             Phase::Offered => self.rescind(id),
             Phase::Open(params) => self.start_close(id, params),
             Phase::Opening(_) | Phase::Closing(..) | Phase::Rescinded => {}
@@ -475,7 +476,10 @@ impl Server {
         if !self.gpadls.mark_teardown(relid, gpadl) {
             return Err(Drop::UnknownGpadl);
         }
-        self.settle_teardowns(relid, channel.ring_gpadl());
+        let in_use = channel
+            .ring_gpadl()
+            .filter(|_| !mutant!("torn-down-while-open"));
+        self.settle_teardowns(relid, in_use);
         Ok(())
     }
 

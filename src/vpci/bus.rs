@@ -284,11 +284,12 @@ impl Bus {
             .and_then(Option::as_ref)
             .ok_or(HvStatus::INVALID_DEVICE_ID)?;
         let first = request.targets.first().ok_or(HvStatus::INVALID_PARAMETER)?;
-        let target = if request.multicast && request.targets.len() > 1 {
-            Target::All(request.targets.iter().collect())
-        } else {
-            Target::One(first)
-        };
+        let target =
+            if request.multicast && request.targets.len() > 1 && !mutant!("multicast-to-one") {
+                Target::All(request.targets.iter().collect())
+            } else {
+                Target::One(first)
+            };
         let route = Route {
             vector: request.vector,
             target,
@@ -383,7 +384,7 @@ impl Bus {
             } else {
                 signal |= ring.writer.send(relations_room, &replies.relations)?;
             }
-            if packet.completion_requested {
+            if packet.completion_requested && !mutant!("vpci-no-completion") {
                 signal |= ring.writer.complete(
                     completion_room,
                     packet.transaction_id,
@@ -497,7 +498,9 @@ impl ChannelDevice for Bus {
 
     fn close(&self) {
         let mut channel = lock(&self.channel);
-        channel.open = None;
+        if !mutant!("closed-bus-still-answers") {
+            channel.open = None;
+        }
         channel.protocol.close(&self.core);
     }
 

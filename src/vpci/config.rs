@@ -168,7 +168,12 @@ impl ConfigSpace {
 
     /// Back to the state after reset: decode and bus mastering off, BARs zero.
     pub(crate) fn reset(&self) {
-        for (dword, initial) in self.dwords.iter().zip(self.initial) {
+        for (dword, initial) in self
+            .dwords
+            .iter()
+            .zip(self.initial)
+            .filter(|_| !mutant!("reset-keeps-config"))
+        {
             dword.store(initial, Ordering::Relaxed);
         }
     }
@@ -203,13 +208,17 @@ impl ConfigSpace {
         if index >= DWORDS {
             return changes;
         }
-        if (BARS..BARS + BAR_COUNT).contains(&index) && self.command() & COMMAND_MEMORY != 0 {
+        if (BARS..BARS + BAR_COUNT).contains(&index)
+            && self.command() & COMMAND_MEMORY != 0
+            && !mutant!("bar-written-while-decoding")
+        {
             return changes;
         }
         let mut bytes = [0; 4];
         bytes[..data.len()].copy_from_slice(data);
         let enabled = (u64::MAX >> (64 - 8 * data.len())) as u32;
-        let mask = (enabled << shift) & self.writable[index];
+        let writable = mutant!("config-read-only-written", !0, self.writable[index]);
+        let mask = (enabled << shift) & writable;
         let old = self.load(index);
         let new = old & !mask | (u32::from_le_bytes(bytes) << shift) & mask;
         self.dwords[index].store(new, Ordering::Relaxed);

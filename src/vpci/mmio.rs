@@ -174,6 +174,7 @@ impl MmioSpace {
             .apertures
             .iter()
             .any(|aperture| aperture.start <= base && end <= aperture.end)
+            && !mutant!("bar-outside-apertures")
         {
             return Err(MmioError::OutsideApertures { base, len });
         }
@@ -184,7 +185,10 @@ impl MmioSpace {
         let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
         let regions = self.regions.load();
         let index = regions.partition_point(|region| region.end <= base);
-        if regions.get(index).is_some_and(|region| region.base < end) {
+        if regions
+            .get(index)
+            .is_some_and(|region| region.base < end && !mutant!("bar-over-another"))
+        {
             return Err(MmioError::Overlap { base, len });
         }
         let mut next = Vec::with_capacity(regions.len() + 1);

@@ -166,13 +166,16 @@ impl Protocol {
         let header: wire::Header = parse(payload)?;
         let message = MessageType::from_code(header.message_type.get()).ok_or(Status::BadData)?;
         let version = match (message, self.version) {
+            (T::QueryProtocolVersion, _) if mutant!("vpci-version-twice") => {
+                return self.negotiate(payload, replies);
+            }
             (T::QueryProtocolVersion, None) => return self.negotiate(payload, replies),
             (T::QueryProtocolVersion, Some(_)) | (_, None) => {
                 return Err(Status::InvalidDeviceState);
             }
             (_, Some(version)) => version,
         };
-        if introduced(message) > version {
+        if introduced(message) > version && !mutant!("vpci-newer-message") {
             return Err(Status::BadData);
         }
         match message {
@@ -264,6 +267,7 @@ impl Protocol {
     fn require_d0(&self) -> Result<(), Status> {
         match self.window {
             Some(_) => Ok(()),
+            None if mutant!("vpci-without-d0") => Ok(()),
             None => Err(Status::InvalidDeviceState),
         }
     }
@@ -293,8 +297,13 @@ impl Protocol {
     /// Unmaps the config window and releases all functions: on unbind Linux does not release them
     /// itself (docs/spec/vpci.md#vpci-5).
     fn leave_d0(&mut self, core: &BusCore) {
-        self.window = None;
-        for function in core.functions() {
+        if !mutant!("d0-exit-keeps-window") {
+            self.window = None;
+        }
+        for function in core
+            .functions()
+            .filter(|_| !mutant!("close-keeps-functions"))
+        {
             function.reset(false);
         }
     }
@@ -441,7 +450,8 @@ fn first_vp(
     vp_count: u32,
 ) -> Option<u32> {
     let named = processors.get(..usize::from(count))?;
-    let exist = named.iter().all(|vp| u32::from(vp.get()) < vp_count);
+    let exist =
+        mutant!("create-missing-vp") || named.iter().all(|vp| u32::from(vp.get()) < vp_count);
     named
         .first()
         .filter(|_| exist)

@@ -95,7 +95,7 @@ impl DeviceRegistry {
     pub fn remove(&self, bus: &Arc<Bus>) {
         let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
         let mut entries = Vec::clone(&self.entries.load());
-        entries.retain(|entry| !Arc::ptr_eq(&entry.bus, bus));
+        entries.retain(|entry| !Arc::ptr_eq(&entry.bus, bus) || mutant!("removed-bus-still-known"));
         self.entries.store(Arc::new(entries));
     }
 }

@@ -302,7 +302,7 @@ impl FunctionSlot {
         let command = self.config.command();
         self.dma.set_master(command & COMMAND_MASTER != 0);
         let mapped = placement.bars.iter().any(Option::is_some);
-        if command & COMMAND_MEMORY == 0 {
+        if command & COMMAND_MEMORY == 0 && !mutant!("decode-off-keeps-bar") {
             if mapped {
                 self.disconnect_doorbells(placement);
                 placement.bars = Default::default();

@@ -6,6 +6,7 @@
 
 use crate::command;
 use crate::failure::Failure;
+use crate::mutants;
 use crate::rig;
 use crate::rig::Limits;
 use crate::rig::scenarios;
@@ -19,7 +20,8 @@ use std::time::Instant;
 /// Options of `cargo xtask ci`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Run every rig scenario, not only those that each change must pass.
+    /// Run every rig scenario, not only those that each change must pass, and the mutants of the
+    /// conformance suite.
     #[arg(long)]
     full: bool,
     #[command(flatten)]
@@ -55,6 +57,9 @@ fn parts(options: &Options) -> Vec<Part<'_>> {
     let mut parts: Vec<Part<'_>> = Vec::new();
     for (name, part) in fixed {
         parts.push((name.into(), Box::new(part)));
+    }
+    if options.full {
+        parts.push(("mutants".into(), Box::new(mutants::run_all)));
     }
     let limits = options.limits;
     let entries = scenarios::all().into_iter();

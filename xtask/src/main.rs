@@ -17,6 +17,7 @@ mod emulator;
 mod failure;
 mod images;
 mod kernel;
+mod mutants;
 mod rig;
 mod workspace;
 
@@ -40,6 +41,8 @@ enum Task {
     Images,
     /// Run test scenarios: guests of the reference VMM on the KVM of an emulated host.
     Rig(rig::Options),
+    /// Break the library in one place at a time, and demand that a conformance check notices.
+    Mutants(mutants::Options),
     /// Remove everything from the cache of downloads, kernels and images.
     CleanCache,
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Ci(options) => ci::run(&options),
         Task::Images => images::run(),
         Task::Rig(options) => rig::run(&options),
+        Task::Mutants(options) => mutants::run(&options),
         Task::CleanCache => cache::clean(),
     };
     failure::exit_code(result)

@@ -190,7 +190,11 @@ struct Consumer {
 impl Consumer {
     /// Loads the guest's write index and returns the bytes between the indices.
     fn available(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
-        let write = self.memory.load_index(control, wire::WRITE_INDEX)?;
+        let write = mutant!(
+            "ring-index-not-reread",
+            self.write,
+            self.memory.load_index(control, wire::WRITE_INDEX)?
+        );
         let available = self.memory.distance(self.next, write);
         if available < self.memory.distance(self.next, self.write) {
             return Err(RingError::IndexWentBack {
@@ -223,7 +227,7 @@ impl Consumer {
             .read(&view, self.next, descriptor.as_mut_bytes())?;
         let kind = check(&descriptor)?;
         let len = u32::from(descriptor.len8) * wire::ALIGN + wire::TRAILER_LEN;
-        if len > available {
+        if len > available && !mutant!("ring-packet-too-long") {
             return Err(RingError::Truncated { len, available });
         }
         let offset = u32::from(descriptor.offset8) * wire::ALIGN;
@@ -259,7 +263,9 @@ impl Consumer {
         let free = self.memory.size - self.available(&control)?;
         let freed = self.memory.distance(before, self.next);
         // Less than nothing if the guest has already refilled what was freed.
-        Ok(free.saturating_sub(freed) <= pending && free > pending)
+        Ok(free.saturating_sub(freed) <= pending
+            && free > pending
+            && !mutant!("ring-room-not-signalled"))
     }
 }
 
@@ -287,7 +293,7 @@ fn check(descriptor: &wire::PacketDescriptor) -> Result<PacketKind, RingError> {
         _ => return Err(error),
     };
     let flags_known = flags & !wire::FLAG_COMPLETION_REQUESTED == 0;
-    if offset8 < header8 || len8 < offset8 || !flags_known {
+    if offset8 < header8 || len8 < offset8 || (!flags_known && !mutant!("ring-unknown-flags")) {
         return Err(error);
     }
     Ok(kind)

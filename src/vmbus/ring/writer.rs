@@ -59,7 +59,7 @@ impl RingWriter {
         control.store(wire::PENDING_SEND_SIZE, 0, Ordering::Relaxed)?;
         control.store(
             wire::FEATURE_BITS,
-            wire::FEATURE_PENDING_SEND_SIZE,
+            mutant!("ring-no-features", 0, wire::FEATURE_PENDING_SEND_SIZE),
             Ordering::Release,
         )?;
         drop(view);
@@ -213,7 +213,8 @@ impl Producer {
     fn load_read(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
         let read = self.memory.load_index(control, wire::READ_INDEX)?;
         let used = self.memory.distance(read, self.write);
-        if used > self.memory.distance(self.read, self.write) {
+        if used > self.memory.distance(self.read, self.write) && !mutant!("ring-index-may-go-back")
+        {
             return Err(RingError::IndexWentBack {
                 from: self.read,
                 to: read,
@@ -325,15 +326,18 @@ impl Producer {
         // The guest unmasks, fences and looks at our index; we store our index and then look at its
         // mask: one of the two sees the other.
         control.store(wire::WRITE_INDEX, self.write, Ordering::SeqCst)?;
-        if control.load(wire::INTERRUPT_MASK, Ordering::SeqCst)? != 0 {
+        if control.load(wire::INTERRUPT_MASK, Ordering::SeqCst)? != 0
+            && !mutant!("ring-mask-ignored")
+        {
             return Ok(false);
         }
-        Ok(self.load_read(&control)? == start)
+        Ok(self.load_read(&control)? == start || mutant!("ring-signal-always"))
     }
 }
 
 /// Ends a packet that started at index `start`.
 fn put_trailer(packet: &mut [u8], start: u32) {
     let at = packet.len() - size_of::<u32>();
-    packet[at..].copy_from_slice(&start.to_le_bytes());
+    let trailer = mutant!("ring-trailer", start ^ 8, start);
+    packet[at..].copy_from_slice(&trailer.to_le_bytes());
 }

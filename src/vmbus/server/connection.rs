@@ -59,6 +59,7 @@ impl Server {
         }
         match self.connection {
             Connection::Disconnected => self.connect(request),
+            Connection::Connected(_) if mutant!("contact-keeps-channels") => self.connect(request),
             Connection::Connected(contact) => {
                 self.disconnect(contact, AfterDisconnect::Contact(request));
             }
@@ -75,7 +76,8 @@ impl Server {
         let ContactRequest {
             version, vp, sint, ..
         } = request;
-        if !request.consistent || !VERSIONS.contains(&version) {
+        if !request.consistent || (!VERSIONS.contains(&version) && !mutant!("contact-any-version"))
+        {
             self.refuse(request);
             return;
         }
@@ -156,6 +158,7 @@ impl Server {
             .push_back(Action::DiscardMessages(contact.sint));
         match after {
             AfterDisconnect::Reset => self.outbox.clear(),
+            AfterDisconnect::Unload if mutant!("unload-unanswered") => {}
             AfterDisconnect::Unload => self.outbox.push_back(Outgoing {
                 vp: contact.vp,
                 sint: contact.sint,
@@ -166,7 +169,7 @@ impl Server {
     }
 
     pub(super) fn request_offers(&mut self, contact: Contact) -> Result<(), Drop> {
-        if contact.offers_requested {
+        if contact.offers_requested && !mutant!("offers-twice") {
             return Err(Drop::WrongState);
         }
         self.connection = Connection::Connected(Contact {
@@ -210,7 +213,7 @@ impl Server {
             relid: relid.into(),
             monitor_id: host::NO_MONITOR,
             monitor_allocated: 0,
-            dedicated: host::DEDICATED_INTERRUPT,
+            dedicated: mutant!("offer-not-dedicated", 0, host::DEDICATED_INTERRUPT),
             connection_id: wire::CONNECTION_CHANNEL | u32::from(relid),
         }));
     }

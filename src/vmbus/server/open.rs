@@ -29,7 +29,9 @@ impl Server {
 
     /// Opens an offered channel, or answers that it cannot be opened.
     fn start_open(&mut self, id: ChannelId, params: OpenParams) {
-        if self.is_target(params.target_vp) && self.unclaimed_rings(id, &params).is_some() {
+        if (self.is_target(params.target_vp) || mutant!("open-missing-vp"))
+            && self.unclaimed_rings(id, &params).is_some()
+        {
             self.set_phase(id, Phase::Opening(params));
             self.actions.push_back(Action::Open(id));
         } else {
@@ -201,7 +203,7 @@ impl Server {
         if !ok {
             self.counters.modifies_refused += 1;
         }
-        if contact.version >= Version::V5_3 {
+        if contact.version >= Version::V5_3 && !mutant!("modify-unanswered") {
             let response = host::ModifyChannelResponse {
                 relid: request.relid,
                 status: if ok {
@@ -219,8 +221,10 @@ impl Server {
         let Ok((id, _, channel)) = self.find(request.relid) else {
             return false;
         };
-        let (Phase::Open(mut params), true) = (channel.phase, request.target_vp < self.vp_count)
-        else {
+        let (Phase::Open(mut params), true) = (
+            channel.phase,
+            request.target_vp < self.vp_count || mutant!("modify-missing-vp"),
+        ) else {
             return false;
         };
         params.target_vp = request.target_vp;

@@ -129,7 +129,7 @@ impl HandleTable {
     /// Maps `count` messages to consecutive vectors and returns the data of the first; message `i`
     /// has the data `+ i`.
     pub(crate) fn create(&self, vector: u32, count: u16, vp: u32) -> Result<u32, HandleError> {
-        if !(1..=MAX_BLOCK).contains(&count) {
+        if !(1..=MAX_BLOCK).contains(&count) && !mutant!("create-no-message") {
             return Err(HandleError::Count { count });
         }
         if vector < u32::from(FIRST_VECTOR) || vector > 0x100 - u32::from(count) {
@@ -143,8 +143,8 @@ impl HandleTable {
             target: Target::One(vp),
         });
         let mut allocator = lock(&self.allocator);
-        let step = reserved(count);
-        if allocator.live + usize::from(count) > MAX_MESSAGES {
+        let step = mutant!("multi-msi-misaligned", 1, reserved(count));
+        if allocator.live + usize::from(count) > MAX_MESSAGES && !mutant!("create-unlimited") {
             return Err(HandleError::Full);
         }
         let base = (0..HANDLES)
@@ -177,7 +177,8 @@ impl HandleTable {
         let mut allocator = lock(&self.allocator);
         let count = usize::from(std::mem::take(&mut allocator.blocks[base]));
         allocator.live -= count;
-        for slot in &self.routes[base..base + count] {
+        let routes = self.routes[base..base + count].iter();
+        for slot in routes.filter(|_| !mutant!("deleted-handle-lives")) {
             *lock(slot) = None;
         }
         count != 0
@@ -214,7 +215,7 @@ impl HandleTable {
         match &mut *lock(&self.routes[index]) {
             Some(route) => {
                 // The old list of a multicast route is freed here; one of a single VP holds none.
-                *route = to;
+                *route = mutant!("retarget-without-effect", route.clone(), to);
                 Ok(())
             }
             None => Err(HandleError::Unknown { data }),
@@ -290,7 +291,8 @@ impl HandleTable {
 
 fn index(address: u64, data: u32) -> Option<usize> {
     let index = data as usize;
-    (address == u64::from(HANDLE_ADDRESS) && index < HANDLES).then_some(index)
+    ((address == u64::from(HANDLE_ADDRESS) || mutant!("handle-address-ignored")) && index < HANDLES)
+        .then_some(index)
 }
 
 #[cfg(test)]

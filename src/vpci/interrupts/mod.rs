@@ -136,7 +136,9 @@ impl Interrupts {
             .msi_pending
             .fetch_and(registers.mask, Ordering::Relaxed)
             & !registers.mask;
-        for message in (0..32).filter(|message| ready & 1 << message != 0) {
+        for message in (0..32)
+            .filter(|message| ready & 1 << message != 0 && !mutant!("msi-unmask-loses-pending"))
+        {
             self.send_msi(&registers, message);
         }
     }
@@ -203,7 +205,11 @@ impl Interrupts {
     pub(crate) fn pba_read(&self, offset: u64, data: &mut [u8]) {
         read_dwords(offset, data, |offset| {
             let word = self.pending.get((offset / 8) as usize);
-            let bits = word.map_or(0, |word| word.load(Ordering::Relaxed));
+            let bits = mutant!(
+                "pending-bits-hidden",
+                0,
+                word.map_or(0, |word| word.load(Ordering::Relaxed))
+            );
             (bits >> (offset % 8 * 8)) as u32
         });
     }
@@ -230,7 +236,8 @@ impl Interrupts {
     /// Delivers what is pending if nothing masks it. The caller holds the entry's lock.
     fn deliver_pending(&self, vector: usize, entry: &Entry) {
         let masked = self.msix_control.load(Ordering::Acquire) & MSIX_MASKED != 0;
-        if !entry.masked && !masked && self.take_pending(vector) {
+        if !entry.masked && !masked && self.take_pending(vector) && !mutant!("unmask-loses-pending")
+        {
             self.send(vector, entry.address, entry.data);
         }
     }
@@ -247,11 +254,12 @@ impl Interrupts {
         };
         let entry = lock(entry);
         let control = self.msix_control.load(Ordering::Acquire);
-        if control & MSIX_ENABLED == 0 {
+        if control & MSIX_ENABLED == 0 && !mutant!("msix-delivers-disabled") {
             return false;
         }
-        if entry.masked || control & MSIX_MASKED != 0 {
-            self.pending[vector / 64].fetch_or(1 << (vector % 64), Ordering::Relaxed);
+        if entry.masked || (control & MSIX_MASKED != 0 && !mutant!("function-mask-ignored")) {
+            let bit = mutant!("masked-interrupt-lost", 0, 1 << (vector % 64));
+            self.pending[vector / 64].fetch_or(bit, Ordering::Relaxed);
         } else {
             self.send(vector, entry.address, entry.data);
         }

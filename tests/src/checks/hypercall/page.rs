@@ -54,6 +54,12 @@ pub(super) const CHECKS: &[Check] = &[
         page_disable,
     ),
     Check::new(
+        "hypercall.page.needed",
+        "Without an enabled page the same instructions elsewhere in RAM raise #UD.",
+        &["HV-3.4-26", "HV-10-05"],
+        page_needed,
+    ),
+    Check::new(
         "hypercall.page.enable-again",
         "Hibernation's way works: disable, then enable the same page again.",
         &["HV-4-07", "HV-4-08"],
@@ -192,6 +198,24 @@ fn page_disable(context: &Context) -> Verdict {
     vm.wrmsr(0, msr::HYPERCALL, kernel.page())?;
     equal("HYPERCALL", vm.rdmsr(1, msr::HYPERCALL)?, kernel.page())?;
     is_gone(&kernel, kernel.page())
+}
+
+fn page_needed(context: &Context) -> Verdict {
+    let vm = context.usual()?;
+    let kernel = Kernel::identify(&vm)?;
+    let copy = vm.pages(1)?;
+    vm.write(copy, &vm.read(kernel.page(), PAGE as usize)?)?;
+    vm.wrmsr(0, msr::HYPERCALL, kernel.page())?;
+    let call = Call {
+        entry: copy,
+        control: 0x1234,
+        ..Call::default()
+    };
+    is_ud("a call with the page disabled", vm.hypercall(0, &call))?;
+    vm.wrmsr(0, msr::HYPERCALL, kernel.page() | 1)?;
+    works(&kernel, 0, kernel.page())?;
+    vm.wrmsr(0, msr::GUEST_OS_ID, 0)?;
+    is_ud("a call without an identity", vm.hypercall(1, &call))
 }
 
 fn page_enable_again(context: &Context) -> Verdict {
