@@ -157,11 +157,11 @@ fn qemu_finding(version: Option<&str>) -> Finding {
     match version {
         Some(version) => finding
             .found(version)
-            .follows("cargo xtask rig boots Linux guests in an emulated computer"),
+            .follows("not used: cargo xtask rig fetches a QEMU of its own"),
         None => finding
             .status(Status::Note)
             .found("not there")
-            .follows("needed by cargo xtask rig only")
-            .advise("none needed: it is installed then; or apt-get install qemu-system-x86"),
+            .follows("not needed: cargo xtask rig fetches a QEMU of its own")
+            .advise("nothing to do"),
     }
 }
