@@ -3,10 +3,17 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    KVMIO, Msrs, kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+// kvm-ioctls has these for vCPUs of other architectures only.
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 /// Time stamp counter: goes on counting over a reset, as on hardware whose guests rely on it being
 /// in step on all processors.
@@ -108,6 +115,7 @@ impl InitialState {
             .map_err(failed("debug registers"))?;
         fd.set_lapic(&self.lapic).map_err(failed("local APIC"))?;
         self.restore_msrs(fd).map_err(failed("MSRs"))?;
+        rewrite_tsc_offset(fd).map_err(failed("TSC offset"))?;
         fd.set_vcpu_events(&self.events).map_err(failed("events"))
     }
 
@@ -146,6 +154,42 @@ impl InitialState {
         }
         Ok(())
     }
+}
+
+/// Makes KVM write the offset of the guest's time stamp counter to the hardware once more.
+///
+/// On AMD's processors KVM clears the vCPU's control block when the guest shuts down by a triple
+/// fault, and the offset does not come back (`shutdown_interception` in arch/x86/kvm/svm/svm.c):
+/// the guest then reads the host's counter on that CPU, while KVM goes on counting the deadlines
+/// of its timer by the guest's.
+fn rewrite_tsc_offset(fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    let mut offset = 0_u64;
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: (&raw mut offset).expose_provenance() as u64,
+    };
+    // SAFETY: KVM writes the eight bytes of this attribute to `addr`, which points to `offset`,
+    // alive and not otherwise borrowed.
+    if unsafe { ioctl_with_ref(fd, KVM_GET_DEVICE_ATTR(), &attribute) } != 0 {
+        let error = kvm_ioctls::Error::last();
+        return if error.errno() == libc::ENXIO {
+            // Linux before 5.16, where nothing else brings the offset back.
+            log::warn!(
+                "this kernel cannot set the TSC offset: after a reset by a triple fault the guest's clock may be off"
+            );
+            Ok(())
+        } else {
+            Err(error)
+        };
+    }
+    // SAFETY: KVM reads the eight bytes of this attribute from `addr`, which points to `offset`,
+    // alive.
+    if unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &attribute) } != 0 {
+        return Err(kvm_ioctls::Error::last());
+    }
+    Ok(())
 }
 
 fn read_msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<kvm_msr_entry>, kvm_ioctls::Error> {

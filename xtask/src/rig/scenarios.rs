@@ -68,10 +68,9 @@ pub(crate) fn all() -> Vec<Entry> {
         required(linux("linux-6.1")),
         optional(hybrid("linux-7")),
         required(two_buses("linux-7")),
-        // After a reset CPU 0's timer sometimes does not tick (docs/testing.md).
-        optional(reboot("linux-7")),
-        optional(triple_fault("linux-7")),
-        optional(rebind("linux-7")),
+        required(reboot("linux-7")),
+        required(triple_fault("linux-7")),
+        required(rebind("linux-7")),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]

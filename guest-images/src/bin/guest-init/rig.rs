@@ -27,6 +27,8 @@ const SHARE: &str = "/host";
 const SCRATCH: &str = "/tmp";
 /// Limit of everything before the scenario's own limit is known.
 const SETUP_LIMIT: Duration = Duration::from_secs(120);
+/// What this kernel keeps time by.
+const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 /// Switch of L1's second CPU.
 const SECOND_CPU: &str = "/sys/devices/system/cpu/cpu1/online";
 /// Bytes at the end of a command's output in which its last line is looked for.
@@ -129,23 +131,46 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         }
         verdict.runs.push(judged);
     }
-    match host_kernel_faults() {
-        Ok(faults) => verdict.failures.extend(faults),
+    match host_kernel_log() {
+        Ok(lines) => {
+            let faults = lines
+                .iter()
+                .filter(|line| judge::telltale(line).is_some())
+                .map(|line| format!("host kernel log: {line}"));
+            verdict.failures.extend(faults);
+            if !(verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass)) {
+                for line in &lines {
+                    say(&format!("vpci: host kernel log: {line}"));
+                }
+            }
+        }
         Err(error) => verdict.failures.push(format!("{error:#}")),
     }
+    verdict.failures.extend(lost_clock());
     verdict.pass = verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass);
     verdict
 }
 
-/// Faults in this kernel's own log: what it says of a guest is worth nothing after one.
-fn host_kernel_faults() -> Result<Vec<String>> {
-    let lines = kmsg::collect()?.lines;
-    let faults = lines
-        .iter()
-        .filter(|line| judge::telltale(&line.text).is_some());
-    Ok(faults
-        .map(|line| format!("host kernel log: {}", line.text))
-        .collect())
+/// The warnings in this kernel's own log. What it says of a guest is worth nothing where one of
+/// them tells of a fault.
+fn host_kernel_log() -> Result<Vec<String>> {
+    let lines = kmsg::collect()?.lines.into_iter();
+    Ok(lines.map(|line| line.text).collect())
+}
+
+/// Says if this kernel has turned from its time stamp counter, or never took to it. KVM then keeps
+/// the counters of a guest's CPUs by its own clock, each while that CPU runs: they drift apart by
+/// seconds, and the guest's clocks and timers with them.
+fn lost_clock() -> Option<String> {
+    match fs::read_to_string(CLOCK_SOURCE) {
+        Ok(source) if source.trim() == "tsc" => None,
+        Ok(source) => Some(format!(
+            "the host's kernel keeps time by {} and not by its time stamp counter, so the \
+             guests' own counters are not in step",
+            source.trim()
+        )),
+        Err(error) => Some(format!("{CLOCK_SOURCE}: {error}")),
+    }
 }
 
 fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
