@@ -4,6 +4,8 @@
 //! (`docs/testing.md`, "What the emulator can break").
 #![forbid(unsafe_code)]
 
+mod mend;
+
 use crate::apt;
 use crate::apt::Suite;
 use crate::cache;
@@ -14,6 +16,7 @@ use crate::failure::Failure;
 use anyhow::Context;
 use anyhow::Result;
 use std::fs;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -22,6 +25,9 @@ const SUITE: &str = "trixie-backports";
 const BASE: &str = "trixie";
 const PACKAGE: &str = "qemu-system-x86";
 const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Marks emulators in the cache that [`mend`] has seen.
+const MENDED: &str = "mended 1";
 
 /// Emulators that the cache keeps.
 const KEEP: usize = 2;
@@ -56,7 +62,8 @@ impl Emulator {
             .with_context(|| format!("{SUITE} has no {PACKAGE}"))?;
         let parts = packages
             .iter()
-            .flat_map(|(name, version)| [name.as_bytes(), version.as_bytes()]);
+            .flat_map(|(name, version)| [name.as_bytes(), version.as_bytes()])
+            .chain([MENDED.as_bytes()]);
         let name = format!("qemu-{}", cache::content_key(parts));
         let root = cache.entry(Kind::Emulators, &name, |folder| {
             eprintln!("downloading {PACKAGE} {version} with what it needs (40 MB)");
@@ -64,7 +71,8 @@ impl Emulator {
             for package in suite.download_closure(PACKAGE, &archives)? {
                 apt::unpack(&package, folder)?;
             }
-            Ok(fs::remove_dir_all(archives)?)
+            fs::remove_dir_all(archives)?;
+            mend_program(&folder.join("usr/bin").join(PROGRAM))
         })?;
         cache.prune(Kind::Emulators, "qemu-", KEEP)?;
         let emulator = Self {
@@ -111,6 +119,22 @@ impl Emulator {
     }
 }
 
+/// Takes a known defect out of the program, or says that it does not look as expected: it may be a
+/// version without the defect.
+fn mend_program(path: &Path) -> Result<()> {
+    let mut program = fs::read(path).with_context(|| path.display().to_string())?;
+    match mend::mend(&mut program) {
+        Ok(()) => fs::write(path, program).with_context(|| path.display().to_string()),
+        Err(error) => {
+            eprintln!(
+                "emulator: {PROGRAM} stays as it is ({error:#}); \
+                 if guests die of triple faults, see docs/testing.md"
+            );
+            Ok(())
+        }
+    }
+}
+
 #[cfg(test)]
 impl Emulator {
     /// An emulator unpacked in `root`.
@@ -125,7 +149,6 @@ impl Emulator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn the_program_runs_with_its_own_linker_and_libraries() {
