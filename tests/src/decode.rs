@@ -36,6 +36,15 @@ pub fn hypercall(call: &Call, input: &[u8]) -> String {
         0x5c => "HvPostMessage",
         0x5d => "HvSignalEvent",
         0x7e => "HvRetargetDeviceInterrupt",
+        0xb1 => "HvCreateDeviceDomain",
+        0xb2 => "HvAttachDeviceDomain",
+        0xc4 => "HvDetachDeviceDomain",
+        0xc5 => "HvDeleteDeviceDomain",
+        0xce => "HvConfigureDeviceDomain",
+        0xd0 => "HvFlushDeviceDomain",
+        0xd1 => "HvFlushDeviceDomainVirtualAddressList",
+        0x125 => "HvGetIommuCapabilities",
+        0x127 => "HvGetLogicalDeviceProperty",
         _ => "hypercall",
     };
     let mut text = format!("{name} {call}");
@@ -57,6 +66,12 @@ pub fn hypercall(call: &Call, input: &[u8]) -> String {
                 hex(&input[48..]),
             );
         }
+        0xb1 | 0xb2 | 0xc5 | 0xce | 0xd0 | 0xd1 if input.len() >= 48 => {
+            text += &format!(" domain {:#x} [{}]", u64_at(input, 16), hex(&input[24..48]));
+        }
+        0xc4 | 0x127 if input.len() >= 24 => {
+            text += &format!(" device {:#x} [{}]", u64_at(input, 8), hex(&input[16..24]));
+        }
         _ => {}
     }
     text
@@ -72,6 +87,7 @@ pub fn result(rax: u64) -> String {
         5 => "INVALID_PARAMETER",
         6 => "ACCESS_DENIED",
         8 => "OPERATION_DENIED",
+        9 => "UNKNOWN_PROPERTY",
         0xb => "INSUFFICIENT_MEMORY",
         0xd => "INVALID_PARTITION_ID",
         0xe => "INVALID_VP_INDEX",
@@ -79,7 +95,13 @@ pub fn result(rax: u64) -> String {
         0x12 => "INVALID_CONNECTION_ID",
         0x13 => "INSUFFICIENT_BUFFERS",
         0x18 => "INVALID_SYNIC_STATE",
+        0x19 => "OBJECT_IN_USE",
+        0x38 => "INSUFFICIENT_DEVICE_DOMAINS",
         0x57 => "INVALID_DEVICE_ID",
+        0x58 => "INVALID_DEVICE_STATE",
+        0x65 => "KEY_ALREADY_EXISTS",
+        0x66 => "DEVICE_ALREADY_IN_DOMAIN",
+        0x71 => "OPERATION_FAILED",
         _ => "status",
     };
     format!("{name} ({rax:#x})")

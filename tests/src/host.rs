@@ -10,6 +10,7 @@ use uuid::Uuid;
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::testdev::TestDevice;
 use vm_vpci::partition::PartitionCounters;
+use vm_vpci::pviommu::{IommuConfig, IommuMode, IommuReport};
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::WorkerHost;
 use vm_vpci::vpci::bus::BusReport;
@@ -34,6 +35,8 @@ pub struct Setup {
     pub features: Features,
     /// Limits of the VMBus server.
     pub vmbus: VmBusConfig,
+    /// The pvIOMMU, if there is one.
+    pub iommu: Option<IommuConfig>,
     /// Buses that are plugged in before the guest starts.
     pub buses: Vec<BusSetup>,
 }
@@ -44,7 +47,7 @@ pub const LOW_MMIO: u64 = 0xf000_0000;
 pub const HIGH_MMIO: u64 = 0x10_0000_0000;
 
 impl Default for Setup {
-    /// Two VPs, 16 MiB of RAM and one bus with one `testdev`.
+    /// Two VPs, 16 MiB of RAM and one bus with one `testdev`; no pvIOMMU.
     fn default() -> Self {
         Self {
             vps: 2,
@@ -58,6 +61,7 @@ impl Default for Setup {
             ],
             features: Features::default(),
             vmbus: VmBusConfig::default(),
+            iommu: None,
             buses: vec![BusSetup::testdev(1)],
         }
     }
@@ -95,19 +99,29 @@ type Make = dyn Fn(&dyn WorkerHost) -> io::Result<Arc<dyn PciFunction>> + Send +
 pub struct FunctionSetup {
     /// Function number, 0 to 7.
     pub number: u8,
+    /// Whether it is behind the VM's pvIOMMU.
+    pub iommu: IommuMode,
     make: Arc<Make>,
 }
 
 impl FunctionSetup {
-    /// A function that `make` makes for each VM.
+    /// A function that `make` makes for each VM, not behind a pvIOMMU.
     pub fn new(
         number: u8,
         make: impl Fn(&dyn WorkerHost) -> io::Result<Arc<dyn PciFunction>> + Send + Sync + 'static,
     ) -> Self {
         Self {
             number,
+            iommu: IommuMode::Off,
             make: Arc::new(make),
         }
+    }
+
+    /// The same, plugged in as `iommu` says.
+    #[must_use]
+    pub fn with_iommu(mut self, iommu: IommuMode) -> Self {
+        self.iommu = iommu;
+        self
     }
 
     /// A `testdev` whose serial number is its function number.
@@ -131,6 +145,7 @@ impl Debug for FunctionSetup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FunctionSetup")
             .field("number", &self.number)
+            .field("iommu", &self.iommu)
             .finish_non_exhaustive()
     }
 }
@@ -203,4 +218,7 @@ pub trait Host: Send + Sync + Debug {
 
     /// What the host says about its buses.
     fn buses(&self) -> Vec<BusReport>;
+
+    /// What the host says about its pvIOMMU; `None` if the VM has none.
+    fn iommu(&self) -> Option<IommuReport>;
 }

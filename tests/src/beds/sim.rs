@@ -18,6 +18,7 @@ use vm_vpci::hypercall::{CallRegisters, Outcome, XmmBlock};
 use vm_vpci::mem::{GuestRam, RamMap};
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
+use vm_vpci::pviommu::IommuReport;
 use vm_vpci::vmm::{MonotonicClock, Msi, MsiSink};
 use vm_vpci::vpci::bus::BusReport;
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
@@ -176,7 +177,7 @@ impl SimVm {
             features: setup.features,
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: setup.vmbus,
-            iommu: None,
+            iommu: setup.iommu,
         };
         let services = PartitionHost {
             ram: ram.clone(),
@@ -333,7 +334,7 @@ impl Host for SimVm {
             let made = function
                 .make(&*self.workers)
                 .map_err(|error| refused(&error))?;
-            functions.push(FunctionSpec::new(function.number, made));
+            functions.push(FunctionSpec::new(function.number, made).with_iommu(function.iommu));
         }
         let spec = BusSpec {
             instance: bus.instance,
@@ -371,5 +372,9 @@ impl Host for SimVm {
 
     fn buses(&self) -> Vec<BusReport> {
         self.partition.buses()
+    }
+
+    fn iommu(&self) -> Option<IommuReport> {
+        self.partition.iommu()
     }
 }

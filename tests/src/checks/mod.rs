@@ -15,6 +15,7 @@ pub mod hypercall;
 pub mod interrupts;
 pub mod journey;
 pub mod life;
+pub mod pviommu;
 pub mod rings;
 pub mod synic;
 pub mod vmbus;
@@ -30,6 +31,7 @@ pub const AREAS: &[&[&[Check]]] = &[
     &vpci::CHECKS,
     &interrupts::CHECKS,
     &dma::CHECKS,
+    &pviommu::CHECKS,
     &life::CHECKS,
     &journey::CHECKS,
 ];

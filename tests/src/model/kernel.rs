@@ -56,6 +56,8 @@ pub mod status {
     pub const INVALID_ALIGNMENT: u16 = 4;
     /// Bad field.
     pub const INVALID_PARAMETER: u16 = 5;
+    /// No such property.
+    pub const UNKNOWN_PROPERTY: u16 = 9;
     /// No memory.
     pub const INSUFFICIENT_MEMORY: u16 = 0xb;
     /// Not self.
@@ -70,8 +72,18 @@ pub mod status {
     pub const INSUFFICIENT_BUFFERS: u16 = 0x13;
     /// SynIC or its event flags page off.
     pub const INVALID_SYNIC_STATE: u16 = 0x18;
+    /// Not while something uses it.
+    pub const OBJECT_IN_USE: u16 = 0x19;
+    /// Limit on domains reached.
+    pub const INSUFFICIENT_DEVICE_DOMAINS: u16 = 0x38;
     /// No such device.
     pub const INVALID_DEVICE_ID: u16 = 0x57;
+    /// The device is not one for this call.
+    pub const INVALID_DEVICE_STATE: u16 = 0x58;
+    /// Number taken.
+    pub const KEY_ALREADY_EXISTS: u16 = 0x65;
+    /// The device is there already.
+    pub const DEVICE_ALREADY_IN_DOMAIN: u16 = 0x66;
 }
 
 /// Call code of HvPostMessage.

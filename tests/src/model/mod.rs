@@ -10,6 +10,7 @@
 //! | [`vmbus::VmBus`] | contact, offers, GPADLs, channels |
 //! | [`ring::Ring`] | one ring of a channel |
 //! | [`vpci::Bus`] | the messages of a virtual PCI bus, its config window |
+//! | [`pviommu::PvIommu`] | the device domain calls, and first-stage tables |
 //! | [`testdev::TestDev`] | a driver of the device that the suite plugs in |
 //!
 //! Methods that a well-behaved guest uses turn anything but success into a
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod kernel;
+pub mod pviommu;
 pub mod ring;
 pub mod synic;
 pub mod testdev;

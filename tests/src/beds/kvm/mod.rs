@@ -21,6 +21,7 @@ use vm_vpci::kvm::{self, KvmDoorbells, KvmMsiSink};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
+use vm_vpci::pviommu::IommuReport;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
 use vm_vpci::vpci::bus::BusReport;
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
@@ -118,7 +119,7 @@ impl KvmMachine {
             features: setup.features,
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: setup.vmbus,
-            iommu: None,
+            iommu: setup.iommu,
         };
         let partition_host = PartitionHost {
             ram: ram.clone(),
@@ -167,7 +168,7 @@ fn text(error: impl std::error::Error) -> String {
 fn plug(partition: &Partition, workers: &Workers, bus: &BusSetup) -> Result<(), String> {
     let functions = bus.functions.iter().map(|function| {
         let device = function.make(workers)?;
-        Ok(FunctionSpec::new(function.number, device))
+        Ok(FunctionSpec::new(function.number, device).with_iommu(function.iommu))
     });
     let functions = functions
         .collect::<std::io::Result<_>>()
@@ -206,6 +207,10 @@ impl Host for KvmMachine {
 
     fn buses(&self) -> Vec<BusReport> {
         self.partition.buses()
+    }
+
+    fn iommu(&self) -> Option<IommuReport> {
+        self.partition.iommu()
     }
 }
 
