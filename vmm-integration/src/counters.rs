@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use vm_vpci::partition::PartitionCounters;
+use vm_vpci::pviommu::IommuCounters;
 
 /// All counters, as `layer.counter`.
 pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
@@ -58,4 +59,27 @@ pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
         named.insert(format!("hypercall.status.{status:#06x}"), *count);
     }
     named
+}
+
+/// The counters of a pvIOMMU, as `iommu.counter`.
+pub(crate) fn iommu_by_name(counters: &IommuCounters) -> BTreeMap<String, u64> {
+    let IommuCounters {
+        domains_refused,
+        functions_refused,
+        backend_refusals,
+        flushes,
+        flushed_ranges,
+        default_domain_faults,
+    } = *counters;
+    [
+        ("iommu.domains_refused", domains_refused),
+        ("iommu.functions_refused", functions_refused),
+        ("iommu.backend_refusals", backend_refusals),
+        ("iommu.flushes", flushes),
+        ("iommu.flushed_ranges", flushed_ranges),
+        ("iommu.default_domain_faults", default_domain_faults),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
 }

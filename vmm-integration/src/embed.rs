@@ -36,7 +36,7 @@ use crate::counters;
 use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::Ram;
-use crate::report::{FunctionReport, VectorReport};
+use crate::report::{DmaReport, DomainReport, FunctionReport, VectorReport};
 use crate::spec::{Kind, PlacedFunction, domain_hint, logical_id};
 
 /// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
@@ -328,16 +328,34 @@ impl Embedding {
                             suppressed: count.suppressed,
                         })
                         .collect(),
+                    dma: DmaReport {
+                        faults: function.dma.faults,
+                        last_fault: function.last_fault.map(|fault| fault.to_string()),
+                    },
                 }
             }));
         }
         functions
     }
 
+    /// The domains of the pvIOMMU.
+    pub(crate) fn domains(&self) -> Vec<DomainReport> {
+        let report = self.partition.iommu().unwrap_or_default();
+        let domains = report.domains.iter().map(|domain| DomainReport {
+            number: domain.number,
+            devices: domain.devices,
+            faults: domain.faults,
+        });
+        domains.collect()
+    }
+
     /// The library's counters by name.
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());
         counters.insert("msi.undelivered".into(), self.msi.undelivered());
+        if let Some(iommu) = self.partition.iommu() {
+            counters.extend(counters::iommu_by_name(&iommu.counters));
+        }
         if let Some(lines) = &self.lines {
             counters.insert("kvm.sints_lost".into(), lines.lost());
         }

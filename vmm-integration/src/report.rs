@@ -40,6 +40,26 @@ pub(crate) struct VectorReport {
     pub(crate) suppressed: u64,
 }
 
+/// Counts of one function's DMA since it was plugged in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct DmaReport {
+    /// Accesses that did not translate.
+    pub(crate) faults: u64,
+    /// The last of them: direction, address, domain and cause.
+    pub(crate) last_fault: Option<String>,
+}
+
+/// A domain of the guest's pvIOMMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct DomainReport {
+    /// Its number.
+    pub(crate) number: u32,
+    /// Functions in it.
+    pub(crate) devices: u32,
+    /// Accesses of functions in it that did not translate, since it was created.
+    pub(crate) faults: u64,
+}
+
 /// Counts of one function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct FunctionReport {
@@ -55,6 +75,8 @@ pub(crate) struct FunctionReport {
     pub(crate) domain_hint: u16,
     /// Its interrupt vectors.
     pub(crate) vectors: Vec<VectorReport>,
+    /// Its DMA.
+    pub(crate) dma: DmaReport,
 }
 
 /// The functions at a moment that the guest marked.
@@ -77,6 +99,8 @@ pub(crate) struct Report {
     pub(crate) resets: u32,
     /// Counts at the end.
     pub(crate) functions: Vec<FunctionReport>,
+    /// Domains of the pvIOMMU at the end; empty without one.
+    pub(crate) domains: Vec<DomainReport>,
     /// Counts at the guest's marks, in order.
     pub(crate) marks: Vec<Mark>,
     /// The library's own counters, by name.
@@ -160,12 +184,21 @@ mod tests {
                 raised: 12,
                 suppressed: 1,
             }],
+            dma: DmaReport {
+                faults: 2,
+                last_fault: Some("read of 8 bytes".into()),
+            },
         };
         Report {
             version: VERSION,
             end: End::PowerOff,
             resets: 2,
             functions: vec![function.clone()],
+            domains: vec![DomainReport {
+                number: 3,
+                devices: 1,
+                faults: 2,
+            }],
             marks: vec![Mark {
                 id: 7,
                 functions: vec![function],
@@ -183,6 +216,11 @@ mod tests {
         assert_eq!(json["functions"][0]["logical_id"], 0x1234_4000);
         assert_eq!(json["functions"][0]["domain_hint"], 0x1234);
         assert_eq!(json["functions"][0]["vectors"][0]["raised"], 12);
+        assert_eq!(json["functions"][0]["dma"]["faults"], 2);
+        let last = &json["functions"][0]["dma"]["last_fault"];
+        assert_eq!(last, "read of 8 bytes");
+        assert_eq!(json["domains"][0]["number"], 3);
+        assert_eq!(json["domains"][0]["faults"], 2);
         assert_eq!(json["marks"][0]["id"], 7);
         assert_eq!(
             json["marks"][0]["functions"][0]["vectors"][0]["suppressed"],

@@ -173,6 +173,7 @@ fn write_report(
         end,
         resets,
         functions: shared.embedding.report(),
+        domains: shared.embedding.domains(),
         marks: shared.marks.take(),
         counters: shared.embedding.counters(),
     };

@@ -58,7 +58,12 @@ fn the_steps_are_the_whole_job_in_its_order() {
         "msix",
         "dma",
         "retarget",
+        "pviommu",
+        "translate",
+        "unmap",
+        "blocked",
         "removal",
+        "id-reuse",
         "unload",
         "reset",
     ];

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use uuid::Uuid;
+use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vpci_conformance::check::{Context, Failure, equal, holds, is_ud};
 use vpci_conformance::host::{BusSetup, FunctionSetup, Setup};
 use vpci_conformance::model::kernel::{Kernel, VMBUS_SINT, VMBUS_VECTOR, msr, status};
@@ -12,6 +13,7 @@ use vpci_conformance::model::vm::{PAGE, PATIENCE, Vm};
 use vpci_conformance::model::vmbus::{self, Channel, Contact, Offer, VPCI_CLASS, VmBus};
 use vpci_conformance::model::vpci::{self, Bus, Description, WINDOW_SIZE, nt};
 
+use super::iommu;
 use super::stage::{Facts, Stage, Step};
 
 /// The number in the bus's GUID that becomes its PCI domain.
@@ -42,7 +44,17 @@ pub(super) fn run(stage: &mut Stage, context: &Context) -> Option<()> {
     let interrupt = stage.step(Step::Msix, |facts| msix(facts, &device))?;
     stage.step(Step::Dma, |facts| dma(facts, &device))?;
     stage.step(Step::Retarget, |facts| retarget(facts, &device, interrupt))?;
-    stage.step(Step::Removal, |facts| removal(facts, &device))?;
+    let found = stage.step(Step::PvIommu, |facts| iommu::find(facts, &device))?;
+    let space = stage.step(Step::Translate, |facts| {
+        iommu::translate(facts, found, &device)
+    })?;
+    stage.step(Step::Unmap, |facts| iommu::unmap(facts, &space))?;
+    let faults = stage.step(Step::Blocked, |facts| iommu::block(facts, &space))?;
+    stage.keep_faults(faults);
+    let bus = stage.step(Step::Removal, |facts| removal(facts, &device))?;
+    stage.step(Step::IdReuse, |facts| {
+        iommu::reuse(facts, &space, &bus, &setup().buses[0])
+    })?;
     stage.step(Step::Unload, |facts| unload(facts, &vmbus))?;
     stage.step(Step::Reset, |facts| reset(facts, &vm))
 }
@@ -51,8 +63,9 @@ fn setup() -> Setup {
     Setup {
         buses: vec![BusSetup {
             instance: BusSetup::instance(DOMAIN),
-            functions: vec![FunctionSetup::testdev(0)],
+            functions: vec![FunctionSetup::testdev(0).with_iommu(IommuMode::On)],
         }],
+        iommu: Some(IommuConfig::default()),
         ..Setup::default()
     }
 }
@@ -67,7 +80,7 @@ fn machine(facts: &mut Facts<'_>, context: &Context) -> Result<Vm, Failure> {
     );
     facts.saw(
         format_args!("a bus with the GUID {}", BusSetup::instance(DOMAIN)),
-        "on it `testdev`, a DMA engine with eight MSI-X vectors",
+        "on it `testdev`, a DMA engine with eight MSI-X vectors, behind a pvIOMMU",
     );
     Ok(vm)
 }
@@ -403,7 +416,7 @@ fn retarget(
     Ok(())
 }
 
-fn removal(facts: &mut Facts<'_>, device: &TestDev) -> Result<(), Failure> {
+fn removal(facts: &mut Facts<'_>, device: &TestDev) -> Result<Bus, Failure> {
     let (vm, bus) = (device.vm(), device.bus());
     let (vmbus, offer) = (bus.vmbus(), &bus.channel().offer);
     vm.remove(offer.instance)?;
@@ -436,7 +449,7 @@ fn removal(facts: &mut Facts<'_>, device: &TestDev) -> Result<(), Failure> {
         ),
         format_args!("probed, and the device answers at {:#x}", device.bar()),
     );
-    Ok(())
+    Ok(bus)
 }
 
 fn unload(facts: &mut Facts<'_>, vmbus: &VmBus) -> Result<(), Failure> {

@@ -4,6 +4,7 @@
 //! runs on the best bed of this machine.
 #![forbid(unsafe_code)]
 
+mod iommu;
 mod journey;
 mod report;
 mod stage;
@@ -46,10 +47,11 @@ pub(crate) fn demo(args: &DemoArgs) -> u8 {
     stage.say(introduction(kind));
     // A step that failed ended the journey; its record says why.
     let _end = journey::run(&mut stage, &context);
+    let faults = stage.take_faults();
     let records = stage.into_records();
     let text = match args.json {
-        true => report::json(kind, &records),
-        false => report::table(kind, &records),
+        true => report::json(kind, &records, &faults),
+        false => report::table(kind, &records, &faults),
     };
     if let Err(error) = io::stdout().write_all(text.as_bytes()) {
         eprintln!("vpci-vmm: the result cannot be written: {error}");

@@ -29,14 +29,19 @@ pub(super) enum Step {
     Msix,
     Dma,
     Retarget,
+    PvIommu,
+    Translate,
+    Unmap,
+    Blocked,
     Removal,
+    IdReuse,
     Unload,
     Reset,
 }
 
 impl Step {
     /// All, in their order.
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 21] = [
         Self::Machine,
         Self::Discovery,
         Self::HypercallPage,
@@ -50,7 +55,12 @@ impl Step {
         Self::Msix,
         Self::Dma,
         Self::Retarget,
+        Self::PvIommu,
+        Self::Translate,
+        Self::Unmap,
+        Self::Blocked,
         Self::Removal,
+        Self::IdReuse,
         Self::Unload,
         Self::Reset,
     ];
@@ -71,7 +81,12 @@ impl Step {
             Self::Msix => "msix",
             Self::Dma => "dma",
             Self::Retarget => "retarget",
+            Self::PvIommu => "pviommu",
+            Self::Translate => "translate",
+            Self::Unmap => "unmap",
+            Self::Blocked => "blocked",
             Self::Removal => "removal",
+            Self::IdReuse => "id-reuse",
             Self::Unload => "unload",
             Self::Reset => "reset",
         }
@@ -93,7 +108,12 @@ impl Step {
             Self::Msix => "Give it an MSI-X interrupt",
             Self::Dma => "Have the device copy memory",
             Self::Retarget => "Move the interrupt between CPUs under load",
+            Self::PvIommu => "Find the pvIOMMU",
+            Self::Translate => "Put the device into a domain with page tables",
+            Self::Unmap => "Unmap and flush, then the same DMA",
+            Self::Blocked => "Move the device to a blocked domain, and back",
             Self::Removal => "Take the bus away, and plug it in again",
+            Self::IdReuse => "Give the device's id to another device",
             Self::Unload => "Leave VMBus and shut down, as before kexec",
             Self::Reset => "Reset the machine",
         }
@@ -114,6 +134,17 @@ pub(super) struct Broken {
     pub(super) reason: String,
     /// The last exchanges, oldest first.
     pub(super) exchanges: Vec<String>,
+}
+
+/// DMA faults that the host counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct FaultCount {
+    /// The function or the domain.
+    pub(super) what: String,
+    /// Accesses that did not translate.
+    pub(super) faults: u64,
+    /// The last of them, where the host keeps it.
+    pub(super) last: Option<String>,
 }
 
 /// How a step went.
@@ -164,6 +195,7 @@ pub(super) struct Stage {
     out: Box<dyn Write>,
     trace: Arc<Trace>,
     records: Vec<Record>,
+    faults: Vec<FaultCount>,
 }
 
 impl Stage {
@@ -173,7 +205,18 @@ impl Stage {
             out,
             trace,
             records: Vec::new(),
+            faults: Vec::new(),
         }
+    }
+
+    /// Keeps counts for the table at the end.
+    pub(super) fn keep_faults(&mut self, faults: Vec<FaultCount>) {
+        self.faults = faults;
+    }
+
+    /// The counts that were kept.
+    pub(super) fn take_faults(&mut self) -> Vec<FaultCount> {
+        std::mem::take(&mut self.faults)
     }
 
     /// Shows a line.
