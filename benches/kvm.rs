@@ -7,7 +7,7 @@ use std::sync::Arc;
 use criterion::{Criterion, Throughput};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vm_vpci::Partition;
 use vm_vpci::kvm::{self, HostSupport, hypercall};
 use vm_vpci::mem::GuestRam;
@@ -53,7 +53,7 @@ impl Machine {
         };
         // SAFETY: the memory outlives the VM, which is dropped before it.
         unsafe { vm.set_user_memory_region(region)? };
-        let ram = GuestRam::new(GuestMemoryAtomic::new(memory.clone()));
+        let ram = GuestRam::new(&memory);
         let (partition, _) = guest::partition(ram, Arc::new(Interrupts::default()));
         let _effect = partition.write_msr(0, 0x4000_0000, 0x8100 << 48);
         let _effect = partition.write_msr(0, 0x4000_0001, CALL_PAGE | 1);

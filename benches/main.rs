@@ -1,5 +1,7 @@
 //! Costs of the hot paths (docs/performance.md): `cargo bench -p vm-vpci`.
 
+#[cfg(feature = "devices")]
+mod chain;
 mod delivery;
 mod guest;
 mod hypercall;
@@ -7,6 +9,7 @@ mod hypercall;
 mod kvm;
 mod pviommu;
 mod ring;
+mod stock;
 mod vpci;
 
 use std::time::Duration;
@@ -23,6 +26,8 @@ fn main() {
     vpci::bench(&mut criterion);
     delivery::bench(&mut criterion);
     pviommu::bench(&mut criterion);
+    #[cfg(feature = "devices")]
+    chain::bench(&mut criterion);
     #[cfg(feature = "kvm")]
     kvm::bench(&mut criterion);
     criterion.final_summary();

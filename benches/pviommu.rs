@@ -1,11 +1,11 @@
 //! The pvIOMMU: a translation that is cached, one that is not, flushes, moves, and DMA next to a
-//! plain copy.
+//! plain copy; and the IOMMU of `vm-memory` on the same work.
 
 use std::hint::black_box;
 use std::sync::Arc;
 
-use criterion::{BenchmarkId, Criterion};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, Permissions};
+use criterion::{Bencher, BenchmarkId, Criterion};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vm_vpci::device_id::LogicalDeviceId;
 use vm_vpci::dma::{Dma, DmaPort};
 use vm_vpci::mem::GuestRam;
@@ -13,24 +13,37 @@ use vm_vpci::pviommu::{
     DomainName, FlushRange, IommuConfig, IommuMode, Levels, PageTable, PvIommu, Translation,
 };
 
+use crate::stock;
+
 /// I/O virtual address of the first page.
-const IOVA: u64 = 0x7f00_0000_0000;
+pub(crate) const IOVA: u64 = 0x7f00_0000_0000;
 /// Guest RAM: tables in the lower half, pages in the upper one.
 const RAM: u64 = 64 << 20;
 const POPULATIONS: [u64; 3] = [1, 1_000, 100_000];
 const DOMAIN: DomainName = DomainName::FirstStage(1);
 
-struct Bed {
+pub(crate) struct Bed {
+    pub(crate) map: GuestMemoryMmap,
     ram: GuestRam,
     iommu: Arc<PvIommu>,
     id: LogicalDeviceId,
-    dma: Dma,
+    pub(crate) dma: Dma,
+}
+
+/// GPA of the page that `page` is mapped to. Pages next to each other are not so in RAM.
+pub(crate) fn frame(page: u64) -> u64 {
+    RAM / 2 + page * 769 % 4096 * 0x1000
+}
+
+/// I/O virtual and guest physical address of each of the first `pages` pages.
+pub(crate) fn mapped(pages: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..pages).map(|page| (IOVA + page * 0x1000, frame(page)))
 }
 
 /// A function in a domain in which `pages` pages are mapped and, if they fit, cached.
-fn bed(pages: u64, iotlb_entries: u32) -> Bed {
+pub(crate) fn bed(pages: u64, iotlb_entries: u32) -> Bed {
     let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).expect("RAM");
-    let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+    let ram = GuestRam::new(&map);
     let config = IommuConfig {
         iotlb_entries,
         ..IommuConfig::default()
@@ -49,8 +62,7 @@ fn bed(pages: u64, iotlb_entries: u32) -> Bed {
     for page in 0..pages {
         let table = 0x4000 + page / 512 * 0x1000;
         store(0x3000 + page / 512 * 8, table | 0x27);
-        let frame = RAM / 2 + page % 4096 * 0x1000;
-        store(table + page % 512 * 8, frame | 0x67);
+        store(table + page % 512 * 8, frame(page) | 0x67);
     }
     for number in [1, 2] {
         iommu.create(number).expect("room");
@@ -68,6 +80,7 @@ fn bed(pages: u64, iotlb_entries: u32) -> Bed {
         dma.read(IOVA + page * 0x1000, &mut [0; 8]).expect("mapped");
     }
     Bed {
+        map,
         ram,
         iommu,
         id,
@@ -92,6 +105,10 @@ pub(crate) fn bench(criterion: &mut Criterion) {
                     .iter(|| view.check_range(black_box(GuestAddress(at)), 8, Permissions::Write));
             });
             hits.expect("bus master");
+        });
+        let stock = stock::memory(bed.map.clone(), mapped(pages));
+        group.bench_function(BenchmarkId::new("stock translate", pages), |bencher| {
+            bencher.iter(|| stock.check_range(black_box(GuestAddress(at)), 8, Permissions::Write));
         });
         let range = FlushRange {
             first: (IOVA >> 12) + pages,
@@ -123,11 +140,40 @@ pub(crate) fn bench(criterion: &mut Criterion) {
     });
     let bed = bed(16, 4096);
     let data = [0x5a; 4096];
+    let write = |bencher: &mut Bencher<'_>, write: &dyn Fn(u64, &[u8])| {
+        bencher.iter(|| write(black_box(1), black_box(&data)));
+    };
     group.bench_function("DMA write of 4 KiB, translated", |bencher| {
-        bencher.iter(|| bed.dma.write(black_box(IOVA + 0x1000), black_box(&data)));
+        write(bencher, &|page, data| {
+            bed.dma.write(IOVA + page * 0x1000, data).expect("mapped");
+        });
+    });
+    group.bench_function("DMA write of 4 KiB in a session", |bencher| {
+        let done = bed.dma.session(|view| {
+            write(bencher, &|page, data| {
+                let at = GuestAddress(IOVA + page * 0x1000);
+                view.write_slice(data, at).expect("mapped");
+            });
+        });
+        done.expect("bus master");
     });
     group.bench_function("plain write of 4 KiB", |bencher| {
-        bencher.iter(|| bed.ram.write(black_box(RAM / 2 + 0x1000), black_box(&data)));
+        write(bencher, &|page, data| {
+            let at = GuestAddress(frame(page));
+            bed.map.write_slice(data, at).expect("RAM");
+        });
+    });
+    group.bench_function("plain write of 4 KiB, map looked up", |bencher| {
+        write(bencher, &|page, data| {
+            bed.ram.write(frame(page), data).expect("RAM");
+        });
+    });
+    let stock = stock::memory(bed.map.clone(), mapped(16));
+    group.bench_function("stock write of 4 KiB", |bencher| {
+        write(bencher, &|page, data| {
+            let at = GuestAddress(IOVA + page * 0x1000);
+            stock.write_slice(data, at).expect("mapped");
+        });
     });
     group.bench_function("session", |bencher| {
         bencher.iter(|| bed.dma.session(|_| ()));

@@ -28,7 +28,7 @@
 //! use std::sync::{Arc, Mutex, Weak};
 //!
 //! use uuid::Uuid;
-//! use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
 //! use vm_vpci::cpuid::Features;
 //! use vm_vpci::devices::testdev::TestDevice;
 //! use vm_vpci::mem::GuestRam;
@@ -77,7 +77,7 @@
 //!         iommu: None,
 //!     },
 //!     PartitionHost {
-//!         ram: GuestRam::new(GuestMemoryAtomic::new(ram)),
+//!         ram: GuestRam::new(&ram),
 //!         msi: Arc::new(Interrupts),
 //!         workers: workers.clone(),
 //!         clock: Arc::new(MonotonicClock::default()),

@@ -6,14 +6,17 @@
 //! DMA handle ([`crate::dma`]).
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+mod snapshot;
 
-use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
-    GuestMemoryLoadGuard, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory,
-    VolatileSlice,
-};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::{ArcSwap, Guard};
+use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromBytes, IntoBytes};
+
+pub(crate) use snapshot::{Snapshot, Span};
 
 /// Bytes in a guest page, the unit of every GPN and PFN of the Hyper-V interface (4 KiB on every
 /// architecture).
@@ -46,35 +49,66 @@ pub enum MemError {
 /// Guest RAM by guest physical address.
 ///
 /// Cheap to clone; clones share the same memory map. The embedding VMM may replace the map
-/// (memory hot-plug): every access resolves its address anew, so none uses a stale mapping.
+/// (memory hot-plug). Whoever works on RAM takes a snapshot of the map, for one hypercall, one ring
+/// call or one DMA access; rings and DMA ports keep theirs and compare a generation before each use.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
-    map: GuestMemoryAtomic<RamMap>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Changes after the snapshot does.
+    generation: AtomicU64,
+    snapshot: ArcSwap<Snapshot>,
 }
 
 impl GuestRam {
-    /// Wraps the memory map of a VM.
-    pub fn new(map: GuestMemoryAtomic<RamMap>) -> Self {
-        Self { map }
+    /// The RAM of a VM, as mapped now.
+    pub fn new(map: &RamMap) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                generation: AtomicU64::new(0),
+                snapshot: ArcSwap::from_pointee(Snapshot::new(map)),
+            }),
+        }
     }
 
-    /// The current map, for the DMA handle: its slices live as long as the guard.
-    pub(crate) fn memory(&self) -> GuestMemoryLoadGuard<RamMap> {
-        self.map.memory()
+    /// Replaces the memory map. What begins after this returns uses the new map. An access that is
+    /// under way may end in the former one, and rings and DMA ports keep a region that was taken
+    /// out mapped until their next access.
+    pub fn replace(&self, map: &RamMap) {
+        self.shared.snapshot.store(Arc::new(Snapshot::new(map)));
+        self.shared.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// The map as it is now, for several accesses in a row: looking it up costs more than a short
-    /// copy. Not to be kept: RAM that the VMM takes out meanwhile stays mapped for that long.
+    /// Changes after each [`replace`](Self::replace): costs a plain load.
+    #[inline]
+    pub(crate) fn generation(&self) -> u64 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+
+    /// RAM as it is now, for the accesses of one call: looking it up costs two locked
+    /// instructions, more than a short copy.
+    #[inline]
     pub(crate) fn view(&self) -> RamView {
-        RamView {
-            map: self.map.memory(),
+        RamView(self.shared.snapshot.load())
+    }
+
+    /// RAM as it is now, to be kept.
+    pub(crate) fn pin(&self) -> PinnedRam {
+        // In this order: a pin is never newer than its generation says.
+        let generation = self.generation();
+        PinnedRam {
+            generation,
+            snapshot: self.shared.snapshot.load_full(),
         }
     }
 
     /// True if every byte of `gpa..gpa + len` is RAM. An empty range is RAM where its first byte
     /// would be.
     pub fn is_ram(&self, gpa: u64, len: u64) -> bool {
-        check(&self.map.memory(), gpa, len).is_ok()
+        self.view().check(gpa, len).is_ok()
     }
 
     /// True if any byte of `gpa..gpa + len` is RAM. A range that wraps around counts as RAM, so
@@ -83,10 +117,7 @@ impl GuestRam {
         let Some(end) = gpa.checked_add(len) else {
             return true;
         };
-        self.map.memory().iter().any(|region| {
-            let start = region.start_addr().0;
-            start < end && gpa < start.saturating_add(region.len())
-        })
+        self.view().overlaps(gpa, end)
     }
 
     /// Copies guest RAM at `gpa` to `buf`.
@@ -125,14 +156,13 @@ impl GuestRam {
     /// As for [`GuestRam::write`].
     pub fn fill(&self, gpa: u64, len: u64, byte: u8) -> Result<(), MemError> {
         const CHUNK: u64 = 512;
-        let map = self.map.memory();
-        check(&map, gpa, len)?;
         let chunk = [byte; CHUNK as usize];
+        let view = self.view();
+        view.check(gpa, len)?;
         let mut done = 0;
         while done < len {
             let count = CHUNK.min(len - done);
-            map.write_slice(&chunk[..count as usize], GuestAddress(gpa + done))
-                .map_err(|_| MemError::NotRam { gpa, len })?;
+            view.write(gpa + done, &chunk[..count as usize])?;
             done += count;
         }
         Ok(())
@@ -144,7 +174,7 @@ impl GuestRam {
     ///
     /// [`MemError`] if the word is not aligned or not RAM.
     pub fn load_u32(&self, gpa: u64, order: Ordering) -> Result<u32, MemError> {
-        self.with_u32(gpa, |word| word.load(order))
+        Ok(self.view().u32(gpa)?.load(order))
     }
 
     /// Stores a 32-bit word.
@@ -153,7 +183,8 @@ impl GuestRam {
     ///
     /// [`MemError`] if the word is not aligned or not RAM.
     pub fn store_u32(&self, gpa: u64, value: u32, order: Ordering) -> Result<(), MemError> {
-        self.with_u32(gpa, |word| word.store(value, order))
+        self.view().u32(gpa)?.store(value, order);
+        Ok(())
     }
 
     /// Sets the bits of `bits` in a 32-bit word and returns its former value.
@@ -162,7 +193,7 @@ impl GuestRam {
     ///
     /// [`MemError`] if the word is not aligned or not RAM.
     pub fn fetch_or_u32(&self, gpa: u64, bits: u32, order: Ordering) -> Result<u32, MemError> {
-        self.with_u32(gpa, |word| word.fetch_or(bits, order))
+        Ok(self.view().u32(gpa)?.fetch_or(bits, order))
     }
 
     /// Loads a 64-bit word.
@@ -171,7 +202,7 @@ impl GuestRam {
     ///
     /// [`MemError`] if the word is not aligned or not RAM.
     pub fn load_u64(&self, gpa: u64, order: Ordering) -> Result<u64, MemError> {
-        self.with_u64(gpa, |word| word.load(order))
+        Ok(self.view().u64(gpa)?.load(order))
     }
 
     /// Stores a 64-bit word.
@@ -180,7 +211,8 @@ impl GuestRam {
     ///
     /// [`MemError`] if the word is not aligned or not RAM.
     pub fn store_u64(&self, gpa: u64, value: u64, order: Ordering) -> Result<(), MemError> {
-        self.with_u64(gpa, |word| word.store(value, order))
+        self.view().u64(gpa)?.store(value, order);
+        Ok(())
     }
 
     /// Replaces `current` by `new` in a 64-bit word. The outer result is about the address; the
@@ -195,162 +227,54 @@ impl GuestRam {
         current: u64,
         new: u64,
     ) -> Result<Result<u64, u64>, MemError> {
-        self.with_u64(gpa, |word| {
-            word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-        })
-    }
-
-    fn with_u32<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU32) -> R) -> Result<R, MemError> {
+        let (order, failed) = (Ordering::AcqRel, Ordering::Acquire);
         let view = self.view();
-        let slice = word(&view.map, gpa, 4)?;
-        let reference = slice
-            .get_atomic_ref::<AtomicU32>(0)
-            .map_err(|_| MemError::Misaligned { gpa, align: 4 })?;
-        Ok(f(reference))
-    }
-
-    fn with_u64<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU64) -> R) -> Result<R, MemError> {
-        with_u64(&self.view().map, gpa, f)
+        let word = view.u64(gpa)?;
+        Ok(word.compare_exchange(current, new, order, failed))
     }
 }
 
-/// Accesses a 64-bit word of a map that the caller has loaded: the page walker reads several.
-///
-/// # Errors
-///
-/// [`MemError`] if the word is not aligned or not RAM.
-#[inline]
-pub(crate) fn with_u64<R>(
-    map: &RamMap,
-    gpa: u64,
-    f: impl FnOnce(&AtomicU64) -> R,
-) -> Result<R, MemError> {
-    let slice = word(map, gpa, 8)?;
-    let reference = slice
-        .get_atomic_ref::<AtomicU64>(0)
-        .map_err(|_| MemError::Misaligned { gpa, align: 8 })?;
-    Ok(f(reference))
-}
-
-/// A range that lies in one region; `None` says nothing about other ranges.
-#[inline]
-fn slice(map: &RamMap, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
-    let region = map.find_region(GuestAddress(gpa))?;
-    let offset = MemoryRegionAddress(gpa - region.start_addr().0);
-    region.get_slice(offset, len).ok()
-}
-
-/// The slice of one naturally aligned word.
-#[inline]
-fn word(map: &RamMap, gpa: u64, size: u64) -> Result<VolatileSlice<'_>, MemError> {
-    if !gpa.is_multiple_of(size) {
-        return Err(MemError::Misaligned { gpa, align: size });
-    }
-    slice(map, gpa, size as usize).ok_or(MemError::NotRam { gpa, len: size })
-}
-
-/// Guest RAM as it is at one moment: see [`GuestRam::view`].
+/// Guest RAM for the time of one call: see [`GuestRam::view`].
 #[derive(Debug)]
-pub(crate) struct RamView {
-    map: GuestMemoryLoadGuard<RamMap>,
-}
+pub(crate) struct RamView(Guard<Arc<Snapshot>>);
 
-impl RamView {
-    /// As [`GuestRam::read`].
-    pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
-        if let Some(slice) = self.slice(gpa, buf.len()) {
-            slice.copy_to(buf);
-            return Ok(());
-        }
-        let len = buf.len() as u64;
-        check(&self.map, gpa, len)?;
-        self.map
-            .read_slice(buf, GuestAddress(gpa))
-            .map_err(|_| MemError::NotRam { gpa, len })
-    }
+impl Deref for RamView {
+    type Target = Snapshot;
 
-    /// As [`GuestRam::write`].
-    pub(crate) fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
-        if let Some(slice) = self.slice(gpa, buf.len()) {
-            slice.copy_from(buf);
-            return Ok(());
-        }
-        let len = buf.len() as u64;
-        check(&self.map, gpa, len)?;
-        self.map
-            .write_slice(buf, GuestAddress(gpa))
-            .map_err(|_| MemError::NotRam { gpa, len })
-    }
-
-    /// The memory of one page, for words that synchronise with the guest.
-    pub(crate) fn page(&self, gpa: u64) -> Result<RamPage<'_>, MemError> {
-        let len = PAGE_SIZE;
-        let slice = self.slice(gpa, len as usize);
-        let slice = slice.ok_or(MemError::NotRam { gpa, len })?;
-        Ok(RamPage { gpa, slice })
-    }
-
-    /// A range that lies in one region; `None` says nothing about other ranges.
-    fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        slice(&self.map, gpa, len)
+    #[inline]
+    fn deref(&self) -> &Snapshot {
+        &self.0
     }
 }
 
-/// A page of RAM whose place is known: see [`RamView::page`].
+/// Guest RAM for many calls: see [`GuestRam::pin`].
 #[derive(Debug)]
-pub(crate) struct RamPage<'a> {
-    gpa: u64,
-    slice: VolatileSlice<'a>,
+pub(crate) struct PinnedRam {
+    generation: u64,
+    snapshot: Arc<Snapshot>,
 }
 
-impl RamPage<'_> {
-    /// Loads the 32-bit word at `offset`.
-    pub(crate) fn load_u32(&self, offset: u64, order: Ordering) -> Result<u32, MemError> {
-        Ok(self.u32(offset)?.load(order))
-    }
-
-    /// Stores the 32-bit word at `offset`.
-    pub(crate) fn store_u32(
-        &self,
-        offset: u64,
-        value: u32,
-        order: Ordering,
-    ) -> Result<(), MemError> {
-        self.u32(offset)?.store(value, order);
-        Ok(())
-    }
-
-    fn u32(&self, offset: u64) -> Result<&AtomicU32, MemError> {
-        let error = MemError::Misaligned {
-            gpa: self.gpa + offset,
-            align: 4,
-        };
-        let word = self.slice.get_atomic_ref(offset as usize);
-        word.map_err(|_| error)
+impl PinnedRam {
+    /// True if the map was not replaced since the pin was made.
+    #[inline]
+    pub(crate) fn is_current(&self, ram: &GuestRam) -> bool {
+        self.generation == ram.generation()
     }
 }
 
-/// Checks that a whole range is RAM; regions may adjoin.
-pub(crate) fn check(map: &RamMap, gpa: u64, len: u64) -> Result<(), MemError> {
-    let error = MemError::NotRam { gpa, len };
-    let end = gpa.checked_add(len).ok_or(error)?;
-    let mut next = gpa;
-    loop {
-        let region = map.find_region(GuestAddress(next)).ok_or(error)?;
-        next = region
-            .start_addr()
-            .0
-            .checked_add(region.len())
-            .ok_or(error)?;
-        if next >= end {
-            return Ok(());
-        }
+impl Deref for PinnedRam {
+    type Target = Snapshot;
+
+    #[inline]
+    fn deref(&self) -> &Snapshot {
+        &self.snapshot
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::GuestAddress;
 
     fn ram() -> GuestRam {
         let ranges = [
@@ -359,7 +283,7 @@ mod tests {
             (GuestAddress(0x10000), 0x1000),
         ];
         let map = RamMap::from_ranges(&ranges).expect("test RAM");
-        GuestRam::new(GuestMemoryAtomic::new(map))
+        GuestRam::new(&map)
     }
 
     #[test]
@@ -426,5 +350,47 @@ mod tests {
         assert_eq!(ram.load_u32(0x104, Ordering::Acquire), Ok(7));
         assert_eq!(ram.compare_exchange_u64(0x108, 0, 9), Ok(Ok(0)));
         assert_eq!(ram.compare_exchange_u64(0x108, 0, 5), Ok(Err(9)));
+    }
+
+    #[test]
+    fn what_follows_a_replacement_uses_the_new_map() {
+        let range = |start| (GuestAddress(start), 0x1000);
+        let both = RamMap::from_ranges(&[range(0), range(0x1000)]).expect("test RAM");
+        let ram = GuestRam::new(&both);
+        let clone = ram.clone();
+        let pin = clone.pin();
+        assert!(pin.is_current(&ram));
+        ram.write(0x1000, &[1]).unwrap();
+        let (first, _) = both.remove_region(GuestAddress(0x1000), 0x1000).unwrap();
+        drop(both);
+        ram.replace(&first);
+        assert!(!pin.is_current(&clone));
+        assert!(clone.is_ram(0, 0x1000) && !clone.is_ram(0x1000, 1));
+        assert!(!clone.overlaps_ram(0x1000, 0x1000));
+        // Who keeps the former map keeps its memory.
+        let mut byte = [0];
+        pin.read(0x1000, &mut byte).unwrap();
+        assert_eq!(byte, [1]);
+        assert!(clone.pin().is_current(&ram));
+    }
+
+    #[test]
+    fn a_span_ends_where_it_was_found_to_end() {
+        let ram = ram();
+        let view = ram.view();
+        assert!(view.span(0x1000, 0x1001).is_err());
+        assert!(view.span(0x3000, 1).is_err());
+        let mut span = view.span(0x1000, 0x800).unwrap();
+        assert!(span.slice(0x7fc, 4).is_some() && span.slice(0x7fc, 5).is_none());
+        assert!(span.slice(usize::MAX, 2).is_none());
+        assert!(span.u32(0x7fc).is_some() && span.u32(0x7fe).is_none());
+        assert!(span.u32(0x800).is_none() && span.u32(0x7fd).is_none());
+        assert!(!span.append(&view.span(0x1801, 1).unwrap()));
+        assert!(span.append(&view.span(0x1800, 0x800).unwrap()));
+        assert!(
+            !span.append(&view.span(0x2000, 0x800).unwrap()),
+            "another region"
+        );
+        assert!(span.slice(0, 0x1000).is_some() && span.slice(0, 0x1001).is_none());
     }
 }

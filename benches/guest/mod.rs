@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use uuid::{Uuid, uuid};
-use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::testdev::TestDevice;
 use vm_vpci::hypercall::{CallRegisters, Outcome};
@@ -39,10 +39,14 @@ const SLOT: u64 = 0x10_200;
 const SOURCE: u64 = 0x30_000;
 const DESTINATION: u64 = 0x31_000;
 
+/// Memory of `bytes` bytes from address 0.
+pub(crate) fn map(bytes: usize) -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).expect("RAM")
+}
+
 /// RAM of `bytes` bytes from address 0.
 pub(crate) fn ram(bytes: usize) -> GuestRam {
-    let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).expect("RAM");
-    GuestRam::new(GuestMemoryAtomic::new(map))
+    GuestRam::new(&map(bytes))
 }
 
 /// Counts interrupts.

@@ -9,7 +9,7 @@ use std::sync::{
 
 use super::view::DmaView;
 use super::{DmaCounters, DmaError};
-use crate::mem::{GuestRam, RamMap};
+use crate::mem::{GuestRam, PinnedRam, Snapshot};
 use crate::pviommu::{
     Access, Attachment, BackendError, BackendReport, DeviceBackend, DmaFault, FaultCause,
     FlushRange, Iotlb, PageTable, PortSettings, Translation, walk,
@@ -28,6 +28,8 @@ pub(super) struct Gate {
     /// The function may master the bus.
     pub(super) master: bool,
     pub(super) attachment: Attachment,
+    /// The memory map that accesses use.
+    pub(super) ram: PinnedRam,
     /// Absent for a function that is not behind a pvIOMMU, which never leaves the default domain.
     unit: Option<Unit>,
 }
@@ -45,7 +47,6 @@ impl Gate {
     pub(super) fn translate(
         &self,
         table: &PageTable,
-        ram: &RamMap,
         iova: u64,
         access: Access,
     ) -> Result<(u64, u64), FaultCause> {
@@ -57,7 +58,7 @@ impl Gate {
         }
         match unit.iotlb.lookup(iova, access == Access::Write) {
             Some(found) => Ok(found),
-            None => unit.miss(table, ram, iova, access),
+            None => unit.miss(table, &self.ram, iova, access),
         }
     }
 }
@@ -67,7 +68,7 @@ impl Unit {
     fn miss(
         &self,
         table: &PageTable,
-        ram: &RamMap,
+        ram: &Snapshot,
         iova: u64,
         access: Access,
     ) -> Result<(u64, u64), FaultCause> {
@@ -107,13 +108,15 @@ impl DmaPort {
     }
 
     fn with_unit(ram: GuestRam, unit: Option<Unit>) -> Arc<Self> {
+        let gate = Gate {
+            master: false,
+            attachment: Attachment::DEFAULT,
+            ram: ram.pin(),
+            unit,
+        };
         Arc::new(Self {
             ram,
-            gate: RwLock::new(Gate {
-                master: false,
-                attachment: Attachment::DEFAULT,
-                unit,
-            }),
+            gate: RwLock::new(gate),
             messages_to: OnceLock::new(),
             not_master: AtomicU64::new(0),
             faults: AtomicU64::new(0),
@@ -182,7 +185,13 @@ impl DmaPort {
     /// Starts an access.
     pub(super) fn open(&self) -> Result<DmaView<'_>, DmaError> {
         let gate = self.enter()?;
-        Ok(DmaView::new(self, gate, self.ram.memory()))
+        if gate.ram.is_current(&self.ram) {
+            return Ok(DmaView::new(self, gate));
+        }
+        drop(gate);
+        self.close().ram = self.ram.pin();
+        // The VMM may have replaced the map again: this access began before that.
+        Ok(DmaView::new(self, self.enter()?))
     }
 
     /// A write of `data` to the interrupt range.

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::mem::{GuestRam, RamMap};
@@ -15,7 +15,7 @@ fn port() -> Arc<DmaPort> {
         (GuestAddress(0x100_0000), 0x1000),
     ];
     let map = RamMap::from_ranges(&ranges).expect("test RAM");
-    DmaPort::new(GuestRam::new(GuestMemoryAtomic::new(map)))
+    DmaPort::new(GuestRam::new(&map))
 }
 
 #[test]
@@ -92,4 +92,23 @@ fn revoking_waits_for_the_access_under_way() {
     port.set_master(false);
     assert_eq!(done.load(Ordering::SeqCst), 1);
     worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn an_access_uses_the_memory_map_of_the_moment() {
+    let range = |start| (GuestAddress(start), 0x1000);
+    let map = RamMap::from_ranges(&[range(0), range(0x1000)]).expect("test RAM");
+    let ram = GuestRam::new(&map);
+    let port = DmaPort::new(ram.clone());
+    port.set_master(true);
+    let dma = Dma::new(port.clone());
+    dma.write(0xfff, &[1, 2]).unwrap();
+    let (map, taken_out) = map.remove_region(GuestAddress(0x1000), 0x1000).unwrap();
+    ram.replace(&map);
+    assert!(dma.write(0xfff, &[3, 4]).is_err());
+    assert_eq!(port.counters().faults, 1);
+    ram.replace(&map.insert_region(taken_out).unwrap());
+    let mut back = [0; 2];
+    dma.read(0xfff, &mut back).unwrap();
+    assert_eq!(back, [1, 2]);
 }

@@ -5,26 +5,13 @@ use std::iter::FusedIterator;
 use std::sync::RwLockReadGuard;
 
 use arrayvec::ArrayVec;
-use vm_memory::guest_memory::{GuestMemoryBackendSliceIterator, GuestMemorySliceIterator};
-use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryLoadGuard,
-    Permissions, VolatileSlice,
-};
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 
 use super::port::{DmaPort, Gate};
 use super::{DmaError, MAX_DMA_LEN, MAX_SLICES};
-use crate::mem::{self, RamMap};
-use crate::pviommu::{Access, DmaFault, FaultCause, PageTable, Translation, touches_interrupts};
-
-/// Guest physical bytes that follow each other.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    gpa: u64,
-    len: usize,
-}
-
-/// An access as guest physical bytes, in order.
-type Runs = ArrayVec<Run, MAX_SLICES>;
+use crate::mem::{RamMap, Snapshot};
+use crate::pviommu::{Access, DmaFault, FaultCause, Translation, touches_interrupts};
 
 /// A function's I/O virtual address space for the time of one [`Dma::session`].
 ///
@@ -34,18 +21,17 @@ type Runs = ArrayVec<Run, MAX_SLICES>;
 /// [`Dma::session`]: super::Dma::session
 #[derive(Debug)]
 pub struct DmaView<'a> {
-    ram: GuestMemoryLoadGuard<RamMap>,
     port: &'a DmaPort,
     gate: RwLockReadGuard<'a, Gate>,
 }
 
 impl<'a> DmaView<'a> {
-    pub(super) fn new(
-        port: &'a DmaPort,
-        gate: RwLockReadGuard<'a, Gate>,
-        ram: GuestMemoryLoadGuard<RamMap>,
-    ) -> Self {
-        Self { ram, port, gate }
+    pub(super) fn new(port: &'a DmaPort, gate: RwLockReadGuard<'a, Gate>) -> Self {
+        Self { port, gate }
+    }
+
+    fn ram(&self) -> &Snapshot {
+        &self.gate.ram
     }
 
     pub(super) fn collect<'s>(
@@ -70,20 +56,20 @@ impl<'a> DmaView<'a> {
     /// Translates a whole access, or records why it does not translate.
     #[inline]
     fn translate(&self, iova: u64, len: usize, access: Access) -> Result<Slices<'_>, ()> {
-        match self.resolve(iova, len, access) {
-            Ok(slices) => Ok(slices),
-            Err((offset, cause)) => {
-                let fault = DmaFault {
-                    domain: self.gate.attachment.domain,
-                    iova: iova.wrapping_add(offset),
-                    len: len as u64 - offset,
-                    access,
-                    cause,
-                };
-                self.port.record(&self.gate, fault);
-                Err(())
-            }
-        }
+        self.resolve(iova, len, access)
+            .map_err(|(offset, cause)| self.record(iova, len, access, offset, cause))
+    }
+
+    #[cold]
+    fn record(&self, iova: u64, len: usize, access: Access, offset: u64, cause: FaultCause) {
+        let fault = DmaFault {
+            domain: self.gate.attachment.domain,
+            iova: iova.wrapping_add(offset),
+            len: len as u64 - offset,
+            access,
+            cause,
+        };
+        self.port.record(&self.gate, fault);
     }
 
     /// The same without a record. On failure, the offset of the first byte that does not translate.
@@ -101,61 +87,62 @@ impl<'a> DmaView<'a> {
         if touches_interrupts(iova, len as u64) {
             return Err(at_start(FaultCause::InterruptRange));
         }
+        let slices = |first, len| Slices {
+            view: self,
+            first,
+            iova,
+            len,
+            access,
+        };
+        if len == 0 {
+            // An empty access is anywhere but behind a domain that blocks.
+            return match self.gate.attachment.translation {
+                Translation::Blocked => Err(at_start(FaultCause::Blocked)),
+                _ => Ok(slices(None, 0)),
+            };
+        }
+        let (gpa, count) = self.first_run(iova, len, access).map_err(at_start)?;
+        if count == len
+            && let Some(slice) = self.ram().slice(gpa, len)
+        {
+            // The access leaves neither its page nor its region: nearly all of them.
+            return Ok(slices(Some(slice), 0));
+        }
+        self.check_runs(iova, len, access)?;
+        Ok(slices(None, len))
+    }
+
+    /// Where the first bytes of an access are in guest physical memory, and how many follow each
+    /// other there.
+    #[inline]
+    fn first_run(&self, iova: u64, len: usize, access: Access) -> Result<(u64, usize), FaultCause> {
         match &self.gate.attachment.translation {
-            Translation::Blocked => Err(at_start(FaultCause::Blocked)),
-            Translation::Identity => {
-                self.check_ram(iova, len).map_err(at_start)?;
-                Ok(Slices::one(&self.ram, iova, len))
+            Translation::Blocked => Err(FaultCause::Blocked),
+            Translation::Identity => Ok((iova, len)),
+            Translation::Paged(table) => {
+                let (gpa, left) = self.gate.translate(table, iova, access)?;
+                Ok((gpa, left.min(len as u64) as usize))
             }
-            Translation::Paged(table) => self.paged(table, iova, len, access),
         }
     }
 
-    #[inline]
-    fn paged(
-        &self,
-        table: &PageTable,
-        iova: u64,
-        len: usize,
-        access: Access,
-    ) -> Result<Slices<'_>, (u64, FaultCause)> {
-        let at_start = |cause| (0, cause);
-        if len == 0 {
-            return Ok(Slices::one(&self.ram, 0, 0));
-        }
-        let translated = self.gate.translate(table, &self.ram, iova, access);
-        let (gpa, left) = translated.map_err(at_start)?;
-        if left >= len as u64 {
-            // The access does not leave its page: nearly all of them.
-            self.check_ram(gpa, len).map_err(at_start)?;
-            return Ok(Slices::one(&self.ram, gpa, len));
-        }
-        let mut runs = Runs::new();
+    /// Checks that each part of an access translates to RAM.
+    #[cold]
+    fn check_runs(&self, iova: u64, len: usize, access: Access) -> Result<(), (u64, FaultCause)> {
         let mut done = 0;
         while done < len {
-            let offset = done as u64;
-            let fault = |cause| (offset, cause);
-            let iova = iova + offset;
-            let translated = self.gate.translate(table, &self.ram, iova, access);
-            let (gpa, left) = translated.map_err(fault)?;
-            let count = left.min((len - done) as u64) as usize;
-            self.check_ram(gpa, count).map_err(fault)?;
-            // More runs than an access of the greatest length can need: too long.
-            let run = Run { gpa, len: count };
-            runs.try_push(run).map_err(|_| fault(FaultCause::NotRam))?;
+            let fault = |cause| (done as u64, cause);
+            let run = self.first_run(iova + done as u64, len - done, access);
+            let (gpa, count) = run.map_err(fault)?;
+            let checked = self.ram().check(gpa, count as u64);
+            checked.map_err(|_| fault(FaultCause::NotRam))?;
+            if count < len && len > MAX_DMA_LEN {
+                // Work of unknown length.
+                return Err(fault(FaultCause::NotRam));
+            }
             done += count;
         }
-        Ok(Slices::many(&self.ram, runs))
-    }
-
-    #[inline]
-    fn check_ram(&self, gpa: u64, len: usize) -> Result<(), FaultCause> {
-        match mem::check(&self.ram, gpa, len as u64) {
-            Ok(()) => Ok(()),
-            // An empty access is anywhere.
-            Err(_) if len == 0 => Ok(()),
-            Err(_) => Err(FaultCause::NotRam),
-        }
+        Ok(())
     }
 }
 
@@ -199,40 +186,53 @@ fn direction(access: Permissions) -> Access {
     }
 }
 
-/// The host memory of an access that was found to be RAM.
+/// The host memory of an access that was found to translate as a whole.
+///
+/// What does not fit into one slice is translated once more when it is asked for. That finds the
+/// same, unless the guest changes its table during the access: what was taken out then is a fault.
 struct Slices<'s> {
-    ram: &'s RamMap,
-    now: GuestMemoryBackendSliceIterator<'s, RamMap>,
-    later: Option<arrayvec::IntoIter<Run, MAX_SLICES>>,
-}
-
-impl<'s> Slices<'s> {
-    fn one(ram: &'s RamMap, gpa: u64, len: usize) -> Self {
-        Self {
-            ram,
-            now: GuestMemoryBackend::get_slices(ram, GuestAddress(gpa), len),
-            later: None,
-        }
-    }
-
-    fn many(ram: &'s RamMap, runs: Runs) -> Self {
-        Self {
-            later: Some(runs.into_iter()),
-            ..Self::one(ram, 0, 0)
-        }
-    }
+    view: &'s DmaView<'s>,
+    /// What comes first, if it has been looked up already.
+    first: Option<VolatileSlice<'s>>,
+    /// What comes after it.
+    iova: u64,
+    len: usize,
+    access: Access,
 }
 
 impl<'s> Iterator for Slices<'s> {
     type Item = vm_memory::guest_memory::Result<VolatileSlice<'s>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(slice) = self.now.next() {
-                return Some(slice);
+        match self.first.take() {
+            Some(slice) => Some(Ok(slice)),
+            None if self.len == 0 => None,
+            None => Some(self.next_run()),
+        }
+    }
+}
+
+impl<'s> Slices<'s> {
+    #[cold]
+    fn next_run(&mut self) -> vm_memory::guest_memory::Result<VolatileSlice<'s>> {
+        let (view, iova, len) = (self.view, self.iova, self.len);
+        let run = view.first_run(iova, len, self.access);
+        let slice = run.and_then(|(gpa, count)| {
+            let slice = view.ram().prefix(gpa, count);
+            slice.ok_or(FaultCause::NotRam)
+        });
+        match slice {
+            Ok(slice) => {
+                self.iova += slice.len() as u64;
+                self.len -= slice.len();
+                Ok(slice)
             }
-            let run = self.later.as_mut()?.next()?;
-            self.now = GuestMemoryBackend::get_slices(self.ram, GuestAddress(run.gpa), run.len);
+            Err(cause) => {
+                self.len = 0;
+                view.record(iova, len, self.access, 0, cause);
+                Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(iova)))
+            }
         }
     }
 }

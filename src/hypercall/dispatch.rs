@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::cpuid::Features;
 use crate::hv::HvStatus;
 use crate::hv::hypercall::{Control, result_word};
-use crate::mem::{GuestRam, PAGE_SIZE};
+use crate::mem::{GuestRam, PAGE_SIZE, RamView, Snapshot};
 
 use super::stats::Stats;
 use super::{
@@ -76,6 +76,8 @@ impl Plan<'_> {
 #[derive(Debug)]
 enum Lists {
     Memory {
+        /// RAM for the whole call: both lists are in it.
+        ram: RamView,
         input: u64,
         output: u64,
     },
@@ -84,6 +86,36 @@ enum Lists {
         block: [u8; FAST_ALL],
         output: usize,
     },
+}
+
+impl Lists {
+    fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), HvStatus> {
+        match self {
+            Self::Memory { ram, input, .. } => ram
+                .read(input + offset as u64, to)
+                .map_err(|_| HvStatus::INVALID_ALIGNMENT),
+            Self::Registers { block, .. } => {
+                to.copy_from_slice(&block[offset..offset + to.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn write(&mut self, offset: usize, from: &[u8]) -> Result<(), HvStatus> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        match self {
+            Self::Memory { ram, output, .. } => ram
+                .write(*output + offset as u64, from)
+                .map_err(|_| HvStatus::INVALID_ALIGNMENT),
+            Self::Registers { block, output } => {
+                let at = *output + offset;
+                block[at..at + from.len()].copy_from_slice(from);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Why a call ends before its group sees it.
@@ -210,22 +242,16 @@ impl Dispatcher {
     ) -> Result<Lists, HvStatus> {
         let (input, output) = (registers.input(), registers.output());
         let (input_len, output_len) = (plan.input_len() as u64, plan.output_len() as u64);
-        self.check_list(input, input_len)?;
+        let ram = self.ram.view();
+        check_list(&ram, input, input_len)?;
         if output_len != 0 {
-            self.check_list(output, output_len)?;
+            check_list(&ram, output, output_len)?;
             // Both are RAM, so neither sum wraps.
             if input < output + output_len && output < input + input_len {
                 return Err(HvStatus::INVALID_ALIGNMENT);
             }
         }
-        Ok(Lists::Memory { input, output })
-    }
-
-    fn check_list(&self, gpa: u64, len: u64) -> Result<(), HvStatus> {
-        let aligned = gpa.is_multiple_of(8) || mutant!("hypercall-misaligned-list");
-        let in_page = gpa % PAGE_SIZE + len <= PAGE_SIZE || mutant!("hypercall-list-across-pages");
-        let fits = aligned && in_page && self.ram.is_ram(gpa, len);
-        fits.then_some(()).ok_or(HvStatus::INVALID_ALIGNMENT)
+        Ok(Lists::Memory { ram, input, output })
     }
 
     fn fast_lists(
@@ -266,11 +292,11 @@ impl Dispatcher {
         let elements = plan.elements(|rep| rep.input, count);
         let (input, rest) = buffer.split_at_mut(plan.header() + elements);
         if skipped == 0 {
-            self.read(lists, 0, input)?;
+            lists.read(0, input)?;
         } else {
             let (header, elements) = input.split_at_mut(plan.header());
-            self.read(lists, 0, header)?;
-            self.read(lists, plan.header() + skipped, elements)?;
+            lists.read(0, header)?;
+            lists.read(plan.header() + skipped, elements)?;
         }
         let (header, elements) = input.split_at(plan.header());
         let (fixed, variable) = header.split_at(plan.fixed);
@@ -287,45 +313,15 @@ impl Dispatcher {
             progress.done = progress.done.min(count);
             let written = plan.elements(|rep| rep.output, progress.done);
             let offset = plan.elements(|rep| rep.output, start);
-            self.write(lists, offset, &output[..written])?;
+            lists.write(offset, &output[..written])?;
             return Ok(progress);
         }
         let output = &mut rest[..plan.output];
         let status = plan.group.execute(&call, output);
         if status.is_ok() {
-            self.write(lists, 0, output)?;
+            lists.write(0, output)?;
         }
         Ok(RepProgress { done: 0, status })
-    }
-
-    fn read(&self, lists: &Lists, offset: usize, to: &mut [u8]) -> Result<(), HvStatus> {
-        match lists {
-            Lists::Memory { input, .. } => self
-                .ram
-                .read(input + offset as u64, to)
-                .map_err(|_| HvStatus::INVALID_ALIGNMENT),
-            Lists::Registers { block, .. } => {
-                to.copy_from_slice(&block[offset..offset + to.len()]);
-                Ok(())
-            }
-        }
-    }
-
-    fn write(&self, lists: &mut Lists, offset: usize, from: &[u8]) -> Result<(), HvStatus> {
-        if from.is_empty() {
-            return Ok(());
-        }
-        match lists {
-            Lists::Memory { output, .. } => self
-                .ram
-                .write(*output + offset as u64, from)
-                .map_err(|_| HvStatus::INVALID_ALIGNMENT),
-            Lists::Registers { block, output } => {
-                let at = *output + offset;
-                block[at..at + from.len()].copy_from_slice(from);
-                Ok(())
-            }
-        }
     }
 
     /// Turns progress into the result, or into another round of a rep call.
@@ -340,6 +336,13 @@ impl Dispatcher {
         let result = result_word(progress.status, done);
         Outcome::Complete { result }
     }
+}
+
+fn check_list(ram: &Snapshot, gpa: u64, len: u64) -> Result<(), HvStatus> {
+    let aligned = gpa.is_multiple_of(8) || mutant!("hypercall-misaligned-list");
+    let in_page = gpa % PAGE_SIZE + len <= PAGE_SIZE || mutant!("hypercall-list-across-pages");
+    let fits = aligned && in_page && ram.check(gpa, len).is_ok();
+    fits.then_some(()).ok_or(HvStatus::INVALID_ALIGNMENT)
 }
 
 /// Checks reserved bits, rep fields and variable header against the call's format.

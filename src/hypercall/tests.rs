@@ -1,7 +1,7 @@
 use super::*;
 use std::sync::{Arc, Mutex};
 
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 use zerocopy::IntoBytes;
 
 use crate::cpuid::Features;
@@ -19,7 +19,7 @@ pub(super) const VPS: u32 = 80;
 
 pub(super) fn ram() -> GuestRam {
     let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("test RAM");
-    GuestRam::new(GuestMemoryAtomic::new(map))
+    GuestRam::new(&map)
 }
 
 pub(super) fn contents(ram: &GuestRam) -> Vec<u8> {

@@ -1,6 +1,6 @@
 use super::*;
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 use crate::mem::RamMap;
 
@@ -28,7 +28,7 @@ fn config() -> MsrConfig {
 /// RAM in which every page is filled with its own number plus one.
 fn ram() -> GuestRam {
     let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("test RAM");
-    let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+    let ram = GuestRam::new(&map);
     for page in 0..RAM_SIZE as u64 / PAGE_SIZE {
         ram.fill(page * PAGE_SIZE, PAGE_SIZE, page as u8 + 1)
             .unwrap();

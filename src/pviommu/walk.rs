@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use super::translation::{Access, FaultCause, PageTable, leaf_size};
 use crate::hv::pviommu::entry;
-use crate::mem::{self, PAGE_SIZE, RamMap};
+use crate::mem::{PAGE_SIZE, Snapshot};
 
 /// Highest level that may have leaves: 1 GiB pages.
 const MAX_LEAF_LEVEL: u8 = 3;
@@ -43,7 +43,7 @@ impl Leaf {
 ///
 /// [`FaultCause`]; accessed bits on the way may be set.
 pub(crate) fn walk(
-    ram: &RamMap,
+    ram: &Snapshot,
     table: &PageTable,
     physical_bits: u8,
     iova: u64,
@@ -59,8 +59,8 @@ pub(crate) fn walk(
     loop {
         let shift = PAGE_SIZE.trailing_zeros() + entry::INDEX_BITS * u32::from(level - 1);
         let at = gpa + (iova >> shift) % entry::COUNT * 8;
-        let mut value = mem::with_u64(ram, at, |word| word.load(Ordering::Acquire))
-            .map_err(|_| FaultCause::TableNotRam { level })?;
+        let word = ram.u64(at).map_err(|_| FaultCause::TableNotRam { level })?;
+        let mut value = word.load(Ordering::Acquire);
         for attempt in 0.. {
             let is_leaf = judge(value, level, unusable, access)?;
             let mut bits = entry::ACCESSED;
@@ -74,10 +74,7 @@ pub(crate) fn walk(
                 return Err(FaultCause::Unstable { level });
             }
             let (order, failed) = (Ordering::AcqRel, Ordering::Acquire);
-            let exchanged = mem::with_u64(ram, at, |word| {
-                word.compare_exchange(value, value | bits, order, failed)
-            });
-            match exchanged.map_err(|_| FaultCause::TableNotRam { level })? {
+            match word.compare_exchange(value, value | bits, order, failed) {
                 Ok(_) => value |= bits,
                 Err(now) => value = now,
             }
@@ -129,6 +126,7 @@ fn judge(value: u64, level: u8, unusable: u64, access: Access) -> Result<bool, F
 mod tests {
     use super::super::translation::Levels;
     use super::*;
+    use crate::mem::RamMap;
     use vm_memory::{Bytes, GuestAddress};
 
     const TABLE: u64 = entry::PRESENT | entry::WRITABLE | entry::USER | entry::ACCESSED;
@@ -174,7 +172,7 @@ mod tests {
     }
 
     fn go(ram: &RamMap, iova: u64, access: Access) -> Result<Leaf, FaultCause> {
-        walk(ram, &four(), 52, iova, access)
+        walk(&Snapshot::new(ram), &four(), 52, iova, access)
     }
 
     #[test]
@@ -202,11 +200,17 @@ mod tests {
             levels: Levels::Five,
         };
         let iova = 0x1ff << 48 | IOVA;
-        let leaf = walk(&ram, &five, 52, iova, Access::Read).unwrap();
+        let leaf = walk(&Snapshot::new(&ram), &five, 52, iova, Access::Read).unwrap();
         assert_eq!(leaf.gpa, 0x5000);
         let too_wide = Err(FaultCause::Width);
         assert_eq!(
-            walk(&ram, &five, 52, 1 << 57 | iova, Access::Read),
+            walk(
+                &Snapshot::new(&ram),
+                &five,
+                52,
+                1 << 57 | iova,
+                Access::Read
+            ),
             too_wide
         );
         assert_eq!(go(&ram, 1 << 48 | IOVA, Access::Read), too_wide);
@@ -268,9 +272,9 @@ mod tests {
     #[test]
     fn addresses_beyond_the_physical_width_are_reserved_and_ignored_bits_are_not() {
         let ram = mapped(1 << 46 | 0x5000 | PAGE);
-        assert!(walk(&ram, &four(), 47, IOVA, Access::Read).is_ok());
+        assert!(walk(&Snapshot::new(&ram), &four(), 47, IOVA, Access::Read).is_ok());
         assert_eq!(
-            walk(&ram, &four(), 46, IOVA, Access::Read),
+            walk(&Snapshot::new(&ram), &four(), 46, IOVA, Access::Read),
             Err(FaultCause::Reserved { level: 1 })
         );
         // Execute disable, software bits, PAT of a small page, cache bits, global.
@@ -280,7 +284,7 @@ mod tests {
         let ram = mapped(0x5000 | PAGE);
         set(&ram, 0x1000, 1, 1 << 46 | 0x2000 | TABLE);
         assert_eq!(
-            walk(&ram, &four(), 46, IOVA, Access::Read),
+            walk(&Snapshot::new(&ram), &four(), 46, IOVA, Access::Read),
             Err(FaultCause::Reserved { level: 4 })
         );
     }
@@ -296,7 +300,7 @@ mod tests {
             levels: Levels::Four,
         };
         assert_eq!(
-            walk(&ram, &gone, 52, IOVA, Access::Read),
+            walk(&Snapshot::new(&ram), &gone, 52, IOVA, Access::Read),
             Err(FaultCause::TableNotRam { level: 4 })
         );
         // The root maps itself: the page that is reached is the root.

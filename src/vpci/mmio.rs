@@ -302,7 +302,7 @@ impl Drop for MmioRegion {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use vm_memory::{GuestAddress, GuestMemoryAtomic};
+    use vm_memory::GuestAddress;
 
     use crate::mem::RamMap;
 
@@ -318,7 +318,7 @@ mod tests {
 
     fn space() -> Arc<MmioSpace> {
         let map = RamMap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-        let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+        let ram = GuestRam::new(&map);
         MmioSpace::new(ram, vec![0x10_0000..0x20_0000, 0x2_0000..0x4_0000]).unwrap()
     }
 
@@ -392,7 +392,7 @@ mod tests {
     #[test]
     fn apertures_must_be_disjoint_pages_without_ram() {
         let map = RamMap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-        let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+        let ram = GuestRam::new(&map);
         let make = |apertures| MmioSpace::new(ram.clone(), apertures).unwrap_err();
         assert!(matches!(
             make(vec![0xf000..0x1_1000, 0x2_0000..0x3_0000]),

@@ -14,7 +14,6 @@ use std::sync::Arc;
 use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
 use uuid::Uuid;
-use vm_memory::GuestMemoryAtomic;
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::event_loop::EventLoop;
 use vm_vpci::devices::testdev::TestDevice;
@@ -186,7 +185,7 @@ impl Embedding {
             }),
         };
         let partition_host = PartitionHost {
-            ram: GuestRam::new(GuestMemoryAtomic::new(ram.clone())),
+            ram: GuestRam::new(ram),
             msi: msi.clone(),
             workers: functions.workers,
             clock: Arc::new(MonotonicClock::default()),

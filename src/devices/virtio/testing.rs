@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 use super::spec::common as reg;
 use crate::dma::{Dma, DmaPort};
@@ -133,7 +133,7 @@ impl Guest {
     /// Plugs the function in, with bus mastering on.
     pub(crate) fn new(function: Arc<dyn PciFunction>) -> Self {
         let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).expect("RAM");
-        let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+        let ram = GuestRam::new(&map);
         let port = DmaPort::new(ram.clone());
         port.set_master(true);
         let lines = Arc::new(Lines::default());

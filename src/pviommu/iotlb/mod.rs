@@ -18,6 +18,7 @@ use cell::Cell;
 use super::translation::{FlushRange, leaf_size};
 use super::walk::Leaf;
 use crate::hv::pviommu::entry;
+use crate::mem::PAGE_SIZE;
 
 /// Fewest entries of a cache.
 pub(super) const MIN_ENTRIES: u32 = 16;
@@ -36,7 +37,7 @@ const GENERATIONS: u64 = 1 << (64 - GENERATION_SHIFT);
 /// In a value, whose bits 51:12 are the page's address: writes may pass.
 const WRITABLE: u64 = 1;
 
-const LEVELS: std::ops::RangeInclusive<u8> = 1..=3;
+const LEVELS: [u8; 3] = [1, 2, 3];
 
 /// Counts of a cache since it was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -132,7 +133,7 @@ impl Iotlb {
             return;
         }
         self.range_flushes += 1;
-        for level in LEVELS.filter(|level| sizes & 1 << level != 0) {
+        for level in LEVELS.into_iter().filter(|level| sizes & 1 << level != 0) {
             let first = range.first >> fold(level);
             for page in first..first.saturating_add(count(level)) {
                 let tag = self.tag(page, level);
@@ -181,7 +182,7 @@ impl Iotlb {
 
 /// Number of the page of `iova` among pages of `level`.
 fn page(iova: u64, level: u8) -> u64 {
-    iova / leaf_size(level)
+    iova >> (PAGE_SIZE.trailing_zeros() + fold(level))
 }
 
 /// Bits of a 4 KiB page's number that do not count at `level`.

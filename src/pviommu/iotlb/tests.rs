@@ -182,7 +182,7 @@ proptest! {
                 }
                 Step::Lookup { iova } => {
                     if let Some((gpa, len)) = tlb.lookup(iova, true) {
-                        let known = LEVELS.filter_map(|level| {
+                        let known = LEVELS.into_iter().filter_map(|level| {
                             let base = told.get(&(level, page(iova, level)))?;
                             let offset = iova & (leaf_size(level) - 1);
                             Some((base + offset, leaf_size(level) - offset))

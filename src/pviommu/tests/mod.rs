@@ -13,7 +13,7 @@ mod stress;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::cpuid::Features;
@@ -95,7 +95,7 @@ pub(super) fn guest_ram() -> GuestRam {
         (GuestAddress(SECOND + 0x20_0000), 0x20_0000),
     ];
     let map = RamMap::from_ranges(&ranges).expect("test RAM");
-    GuestRam::new(GuestMemoryAtomic::new(map))
+    GuestRam::new(&map)
 }
 
 pub(super) fn id(code: u64) -> LogicalDeviceId {

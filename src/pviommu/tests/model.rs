@@ -124,7 +124,7 @@ fn steps() -> impl Strategy<Value = Step> {
 fn small_ram() -> GuestRam {
     let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
     let map = RamMap::from_ranges(&ranges).expect("test RAM");
-    GuestRam::new(GuestMemoryAtomic::new(map))
+    GuestRam::new(&map)
 }
 
 const CONFIG: IommuConfig = IommuConfig {

@@ -2,7 +2,7 @@ use super::*;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 use crate::hv::synic::Sint;
 use crate::mem::{PAGE_SIZE, RamMap};
@@ -97,7 +97,7 @@ pub(super) struct Bed {
 impl Bed {
     pub(super) fn new(vps: u32, queue_limit: usize) -> Self {
         let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("test RAM");
-        let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+        let ram = GuestRam::new(&map);
         let sink = Arc::new(Recorder::default());
         let config = SynicConfig {
             apic_ids: (0..vps).map(|vp| vp * 2).collect(),

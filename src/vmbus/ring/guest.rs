@@ -5,12 +5,16 @@
 use std::sync::atomic::{Ordering, fence};
 
 use crate::mem::{GuestRam, RamMap};
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 
 /// RAM of `pages` pages from address 0.
 pub(crate) fn ram(pages: u64) -> GuestRam {
-    let map = RamMap::from_ranges(&[(GuestAddress(0), (pages * 4096) as usize)]).unwrap();
-    GuestRam::new(GuestMemoryAtomic::new(map))
+    GuestRam::new(&map(pages))
+}
+
+/// Fresh memory of `pages` pages from address 0.
+pub(crate) fn map(pages: u64) -> RamMap {
+    RamMap::from_ranges(&[(GuestAddress(0), (pages * 4096) as usize)]).unwrap()
 }
 
 /// One ring, from the guest's view.

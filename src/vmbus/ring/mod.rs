@@ -11,10 +11,12 @@
 //! as many calls as it likes.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vm_memory::VolatileSlice;
 
 use crate::hv::vmbus::ring as wire;
-use crate::mem::{GuestRam, MemError, PAGE_SIZE, RamPage, RamView};
+use crate::mem::{GuestRam, MemError, PAGE_SIZE, Span};
 
 #[cfg(test)]
 pub(crate) mod guest;
@@ -88,23 +90,27 @@ pub enum RingError {
     Stopped,
 }
 
-/// Consecutive bytes of the data area that are consecutive in guest RAM.
-#[derive(Debug, Clone, Copy)]
+/// Consecutive bytes of the data area that are consecutive in host memory.
+#[derive(Debug)]
 struct Run {
     /// Offset of the first byte in the data area.
     start: u32,
-    /// Bytes in the run.
-    len: u32,
-    /// Guest physical address of the first byte.
-    gpa: u64,
+    /// Offset behind the last byte.
+    end: u32,
+    memory: Span,
 }
 
-/// The pages of one ring: control words and a data area that wraps.
+/// The pages of one ring: control words and a data area that wraps. They are found once, and again
+/// when the VMM has replaced the memory map.
 #[derive(Debug)]
 struct RingMemory {
     ram: GuestRam,
-    control: u64,
-    runs: Box<[Run]>,
+    /// Page numbers: the control page, then the data pages.
+    pfns: Box<[u64]>,
+    /// That of the map in which the pages were found.
+    generation: u64,
+    control: Span,
+    runs: Vec<Run>,
     size: u32,
 }
 
@@ -112,45 +118,38 @@ impl RingMemory {
     /// `pfns`: the control page, then the data pages, as 4 KiB page numbers.
     fn new(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
         let error = RingError::Pages { pages: pfns.len() };
-        let (control, data) = pfns.split_first().ok_or(error)?;
+        let data = pfns.split_first().ok_or(error)?.1;
         let size = u32::try_from(data.len() as u64 * PAGE_SIZE).map_err(|_| error)?;
         if size == 0 || size > i32::MAX as u32 {
             return Err(error);
         }
-        let gpa_of = |pfn: u64| {
-            let gpa = pfn.checked_mul(PAGE_SIZE)?;
-            ram.is_ram(gpa, PAGE_SIZE).then_some(gpa)
-        };
-        let control = gpa_of(*control).ok_or(error)?;
-        let mut runs: Vec<Run> = Vec::new();
-        let mut start = 0;
-        for pfn in data {
-            let gpa = gpa_of(*pfn).ok_or(error)?;
-            match runs.last_mut() {
-                Some(run) if run.gpa + u64::from(run.len) == gpa => run.len += PAGE_SIZE as u32,
-                _ => runs.push(Run {
-                    start,
-                    len: PAGE_SIZE as u32,
-                    gpa,
-                }),
-            }
-            start += PAGE_SIZE as u32;
-        }
+        let generation = ram.generation();
+        let (control, runs) = find(&ram, pfns).map_err(|_| error)?;
         Ok(Self {
             ram,
+            pfns: pfns.into(),
+            generation,
             control,
-            runs: runs.into_boxed_slice(),
+            runs,
             size,
         })
     }
 
-    /// RAM as it is now, for the accesses of one call.
-    fn view(&self) -> RamView {
-        self.ram.view()
+    /// Starts a call: sees to it that the pages are those of the current memory map.
+    #[inline]
+    fn refresh(&mut self) -> Result<(), RingError> {
+        if self.ram.generation() == self.generation {
+            return Ok(());
+        }
+        self.find_again()
     }
 
-    fn control<'v>(&self, view: &'v RamView) -> Result<Control<'v>, RingError> {
-        Ok(Control(view.page(self.control)?))
+    #[cold]
+    fn find_again(&mut self) -> Result<(), RingError> {
+        let generation = self.ram.generation();
+        (self.control, self.runs) = find(&self.ram, &self.pfns)?;
+        self.generation = generation;
+        Ok(())
     }
 
     fn check_index(&self, index: u32) -> Result<u32, RingError> {
@@ -183,67 +182,98 @@ impl RingMemory {
     }
 
     /// Loads an index and checks that it lies in the data area.
-    fn load_index(&self, control: &Control<'_>, word: u64) -> Result<u32, RingError> {
-        let index = control.load(word, Ordering::Acquire)?;
+    fn load_index(&self, word: u64) -> Result<u32, RingError> {
+        let index = self.control(word)?.load(Ordering::Acquire);
         self.check_index(index)
     }
 
+    /// A control word.
+    #[inline]
+    fn control(&self, word: u64) -> Result<&AtomicU32, RingError> {
+        let error = MemError::Misaligned {
+            gpa: self.pfns[0] * PAGE_SIZE + word,
+            align: 4,
+        };
+        Ok(self.control.u32(word as usize).ok_or(error)?)
+    }
+
     /// Copies out of the data area, wrapping at its end.
-    fn read(&self, view: &RamView, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
-        let mut done = 0;
-        self.for_each_piece(index, buf.len(), |gpa, len| {
-            let result = view.read(gpa, &mut buf[done..done + len]);
-            done += len;
-            result
+    #[inline]
+    fn read(&self, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
+        let mut rest = buf;
+        self.for_each_piece(index, rest.len(), |memory| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(memory.len());
+            memory.copy_to(now);
+            rest = later;
         })
     }
 
     /// Copies into the data area, wrapping at its end.
-    fn write(&self, view: &RamView, index: u32, buf: &[u8]) -> Result<(), RingError> {
-        let mut done = 0;
-        self.for_each_piece(index, buf.len(), |gpa, len| {
-            let result = view.write(gpa, &buf[done..done + len]);
-            done += len;
-            result
+    #[inline]
+    fn write(&self, index: u32, buf: &[u8]) -> Result<(), RingError> {
+        let mut rest = buf;
+        self.for_each_piece(index, rest.len(), |memory| {
+            let (now, later) = rest.split_at(memory.len());
+            memory.copy_from(now);
+            rest = later;
         })
     }
 
     /// Splits `len` bytes at `index` at run ends and at the end of the data area. `len` is at most
     /// the size of the data area, so that no byte is met twice.
+    #[inline]
     fn for_each_piece(
         &self,
         index: u32,
         len: usize,
-        mut f: impl FnMut(u64, usize) -> Result<(), MemError>,
+        mut f: impl FnMut(VolatileSlice<'_>),
     ) -> Result<(), RingError> {
         debug_assert!(index < self.size && len <= self.size as usize);
-        let mut at = self.runs.partition_point(|run| run.start <= index) - 1;
-        let mut skip = index - self.runs[at].start;
+        let mut at = match self.runs.len() {
+            1 => 0,
+            _ => self.runs.partition_point(|run| run.end <= index),
+        };
+        let mut index = index;
         let mut left = len;
         while left > 0 {
-            let run = self.runs[at];
-            let piece = left.min((run.len - skip) as usize);
-            f(run.gpa + u64::from(skip), piece)?;
+            let run = &self.runs[at];
+            let piece = left.min((run.end - index) as usize);
+            let memory = run.memory.slice((index - run.start) as usize, piece);
+            f(memory.ok_or(RingError::Index {
+                index,
+                size: self.size,
+            })?);
             left -= piece;
-            skip = 0;
-            at = (at + 1) % self.runs.len();
+            at += 1;
+            index = run.end;
+            if at == self.runs.len() {
+                (at, index) = (0, 0);
+            }
         }
         Ok(())
     }
 }
 
-/// The control words of a ring, found for the time of one call.
-#[derive(Debug)]
-struct Control<'v>(RamPage<'v>);
-
-impl Control<'_> {
-    fn load(&self, word: u64, order: Ordering) -> Result<u32, RingError> {
-        Ok(self.0.load_u32(word, order)?)
+/// Finds the pages of a ring: the control page and the data area.
+fn find(ram: &GuestRam, pfns: &[u64]) -> Result<(Span, Vec<Run>), MemError> {
+    let view = ram.view();
+    let page = |pfn: u64| view.span(pfn.saturating_mul(PAGE_SIZE), PAGE_SIZE as usize);
+    let control = page(pfns[0])?;
+    let mut runs: Vec<Run> = Vec::new();
+    let mut start = 0;
+    for pfn in &pfns[1..] {
+        let memory = page(*pfn)?;
+        let end = start + PAGE_SIZE as u32;
+        if let Some(run) = runs.last_mut()
+            && run.memory.append(&memory)
+        {
+            run.end = end;
+        } else {
+            runs.push(Run { start, end, memory });
+        }
+        start = end;
     }
-
-    fn store(&self, word: u64, value: u32, order: Ordering) -> Result<(), RingError> {
-        Ok(self.0.store_u32(word, value, order)?)
-    }
+    Ok((control, runs))
 }
 
 /// Remembers that a ring has failed, so that it stays stopped.

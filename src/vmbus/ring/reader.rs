@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Control, Fuse, RingError, RingMemory};
+use super::{Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
@@ -72,12 +72,10 @@ impl RingReader {
     /// bad.
     pub fn open(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
         let memory = RingMemory::new(ram, pfns)?;
-        let view = memory.view();
-        let control = memory.control(&view)?;
-        let next = memory.load_index(&control, wire::READ_INDEX)?;
-        let write = memory.load_index(&control, wire::WRITE_INDEX)?;
-        control.store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
-        drop(view);
+        let next = memory.load_index(wire::READ_INDEX)?;
+        let write = memory.load_index(wire::WRITE_INDEX)?;
+        let mask = memory.control(wire::INTERRUPT_MASK)?;
+        mask.store(0, Ordering::Release);
         let consumer = Consumer {
             memory,
             next,
@@ -152,9 +150,11 @@ impl RingReader {
     /// A [`RingError`] stops the ring.
     pub fn mask(&mut self) -> Result<(), RingError> {
         self.fuse.guard(|| {
-            let view = self.consumer.memory.view();
-            let control = self.consumer.memory.control(&view)?;
-            control.store(wire::INTERRUPT_MASK, 1, Ordering::Release)
+            let memory = &mut self.consumer.memory;
+            memory.refresh()?;
+            let mask = memory.control(wire::INTERRUPT_MASK)?;
+            mask.store(1, Ordering::Release);
+            Ok(())
         })
     }
 
@@ -167,11 +167,11 @@ impl RingReader {
     pub fn unmask(&mut self) -> Result<bool, RingError> {
         self.fuse.guard(|| {
             let consumer = &mut self.consumer;
-            let view = consumer.memory.view();
-            let control = consumer.memory.control(&view)?;
-            control.store(wire::INTERRUPT_MASK, 0, Ordering::Release)?;
+            consumer.memory.refresh()?;
+            let mask = consumer.memory.control(wire::INTERRUPT_MASK)?;
+            mask.store(0, Ordering::Release);
             fence(Ordering::SeqCst);
-            Ok(consumer.available(&control)? != 0)
+            Ok(consumer.available()? != 0)
         })
     }
 }
@@ -189,11 +189,11 @@ struct Consumer {
 
 impl Consumer {
     /// Loads the guest's write index and returns the bytes between the indices.
-    fn available(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
+    fn available(&mut self) -> Result<u32, RingError> {
         let write = mutant!(
             "ring-index-not-reread",
             self.write,
-            self.memory.load_index(control, wire::WRITE_INDEX)?
+            self.memory.load_index(wire::WRITE_INDEX)?
         );
         let available = self.memory.distance(self.next, write);
         if available < self.memory.distance(self.next, self.write) {
@@ -207,11 +207,10 @@ impl Consumer {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> Result<Option<Packet>, RingError> {
-        let view = self.memory.view();
+        self.memory.refresh()?;
         let mut available = self.memory.distance(self.next, self.write);
         if available == 0 {
-            let control = self.memory.control(&view)?;
-            available = self.available(&control)?;
+            available = self.available()?;
         }
         if available == 0 {
             return Ok(None);
@@ -223,8 +222,7 @@ impl Consumer {
             });
         }
         let mut descriptor = wire::PacketDescriptor::new_zeroed();
-        self.memory
-            .read(&view, self.next, descriptor.as_mut_bytes())?;
+        self.memory.read(self.next, descriptor.as_mut_bytes())?;
         let kind = check(&descriptor)?;
         let len = u32::from(descriptor.len8) * wire::ALIGN + wire::TRAILER_LEN;
         if len > available && !mutant!("ring-packet-too-long") {
@@ -234,7 +232,7 @@ impl Consumer {
         let payload_len = usize::from(descriptor.len8 - descriptor.offset8) * wire::ALIGN as usize;
         let copied = payload_len.min(buf.len());
         let payload = self.memory.advance(self.next, offset);
-        self.memory.read(&view, payload, &mut buf[..copied])?;
+        self.memory.read(payload, &mut buf[..copied])?;
         self.next = self.memory.advance(self.next, len);
         Ok(Some(Packet {
             kind,
@@ -248,19 +246,20 @@ impl Consumer {
         if self.published == self.next {
             return Ok(false);
         }
-        let view = self.memory.view();
-        let control = self.memory.control(&view)?;
+        self.memory.refresh()?;
+        let read_index = self.memory.control(wire::READ_INDEX)?;
         // The guest stores its pending size, fences and looks at our index; we store our index and
         // then look at its pending size: one of the two sees the other.
-        control.store(wire::READ_INDEX, self.next, Ordering::SeqCst)?;
+        read_index.store(self.next, Ordering::SeqCst);
         let before = std::mem::replace(&mut self.published, self.next);
         // Free space is a multiple of 8, so the guests that ask for one byte less than they need
         // are woken at the same time as those that do not.
-        let pending = control.load(wire::PENDING_SEND_SIZE, Ordering::SeqCst)?;
+        let pending = self.memory.control(wire::PENDING_SEND_SIZE)?;
+        let pending = pending.load(Ordering::SeqCst);
         if pending == 0 {
             return Ok(false);
         }
-        let free = self.memory.size - self.available(&control)?;
+        let free = self.memory.size - self.available()?;
         let freed = self.memory.distance(before, self.next);
         // Less than nothing if the guest has already refilled what was freed.
         Ok(free.saturating_sub(freed) <= pending

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
-use super::guest::{GuestRing, Received, ram};
+use super::guest::{GuestRing, Received, map, ram};
 use super::*;
 use crate::hv::vmbus::ring::*;
 
@@ -578,4 +578,39 @@ proptest! {
             prop_assert!(outside.iter().all(|byte| *byte == 0xa5));
         }
     }
+}
+
+#[test]
+fn a_ring_goes_on_in_a_new_memory_map() {
+    let (guest, mut reader) = reader();
+    let mut writer = RingWriter::open(guest.ram(), &[0, 1, 2]).unwrap();
+    // Fresh memory with the same contents as the old one.
+    let mut contents = vec![0; 10 * 4096];
+    guest.ram().read(0, &mut contents).unwrap();
+    guest.ram().replace(&map(10));
+    guest.ram().write(0, &contents).unwrap();
+    guest.send(7, true, b"in the new map").unwrap();
+    let mut buffer = [0; 16];
+    let packet = reader.read(&mut buffer).unwrap().expect("a packet");
+    assert_eq!(packet.transaction_id, 7);
+    assert_eq!(&buffer[..14], b"in the new map");
+    reader.publish().unwrap();
+    assert_ne!(guest.load(READ_INDEX), 0);
+    let room = reserve(&mut writer, 8);
+    writer.send(room, b"answered").unwrap();
+    let there = GuestRing::attach(&guest.ram(), &[0, 1, 2]);
+    assert_eq!(there.receive().expect("a packet").0.payload, b"answered");
+}
+
+#[test]
+fn a_ring_whose_page_is_taken_out_of_the_memory_map_stops() {
+    let (guest, mut reader) = reader();
+    guest.ram().replace(&map(7));
+    let gone = MemError::NotRam {
+        gpa: 7 * 4096,
+        len: 4096,
+    };
+    assert_eq!(reader.read(&mut []), Err(RingError::Memory(gone)));
+    guest.ram().replace(&map(10));
+    assert_eq!(reader.read(&mut []), Err(RingError::Stopped));
 }

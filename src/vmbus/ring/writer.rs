@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::IntoBytes;
 
-use super::{Control, Fuse, RingError, RingMemory};
+use super::{Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
@@ -52,17 +52,14 @@ impl RingWriter {
     /// bad.
     pub fn open(ram: GuestRam, pfns: &[u64]) -> Result<Self, RingError> {
         let memory = RingMemory::new(ram, pfns)?;
-        let view = memory.view();
-        let control = memory.control(&view)?;
-        let write = memory.load_index(&control, wire::WRITE_INDEX)?;
-        let read = memory.load_index(&control, wire::READ_INDEX)?;
-        control.store(wire::PENDING_SEND_SIZE, 0, Ordering::Relaxed)?;
-        control.store(
-            wire::FEATURE_BITS,
+        let write = memory.load_index(wire::WRITE_INDEX)?;
+        let read = memory.load_index(wire::READ_INDEX)?;
+        let pending = memory.control(wire::PENDING_SEND_SIZE)?;
+        pending.store(0, Ordering::Relaxed);
+        memory.control(wire::FEATURE_BITS)?.store(
             mutant!("ring-no-features", 0, wire::FEATURE_PENDING_SEND_SIZE),
             Ordering::Release,
-        )?;
-        drop(view);
+        );
         let producer = Producer {
             memory,
             write,
@@ -171,9 +168,8 @@ impl RingWriter {
     pub fn is_unread(&mut self) -> Result<bool, RingError> {
         let producer = &mut self.producer;
         self.fuse.guard(|| {
-            let view = producer.memory.view();
-            let control = producer.memory.control(&view)?;
-            Ok(producer.load_read(&control)? != producer.write)
+            producer.memory.refresh()?;
+            Ok(producer.load_read()? != producer.write)
         })
     }
 }
@@ -210,8 +206,8 @@ impl Producer {
 
     /// Loads the guest's read index. It only moves towards our write index, so room that was there
     /// once stays there until we use it.
-    fn load_read(&mut self, control: &Control<'_>) -> Result<u32, RingError> {
-        let read = self.memory.load_index(control, wire::READ_INDEX)?;
+    fn load_read(&mut self) -> Result<u32, RingError> {
+        let read = self.memory.load_index(wire::READ_INDEX)?;
         let used = self.memory.distance(read, self.write);
         if used > self.memory.distance(self.read, self.write) && !mutant!("ring-index-may-go-back")
         {
@@ -250,24 +246,25 @@ impl Producer {
 
     /// Looks whether the guest has made room for `len` bytes, and asks it to tell if it has not.
     fn look_for_room(&mut self, len: u32) -> Result<bool, RingError> {
-        let view = self.memory.view();
-        let control = self.memory.control(&view)?;
+        self.memory.refresh()?;
         if !self.fits(len) {
-            self.load_read(&control)?;
+            self.load_read()?;
         }
         if !self.fits(len) {
             let pending = (self.reserved + len).min(self.memory.size - wire::ALIGN);
-            control.store(wire::PENDING_SEND_SIZE, pending, Ordering::Release)?;
+            let word = self.memory.control(wire::PENDING_SEND_SIZE)?;
+            word.store(pending, Ordering::Release);
             self.waiting = true;
             // The guest stores its index, fences and looks at the pending size; so look once more.
             fence(Ordering::SeqCst);
-            self.load_read(&control)?;
+            self.load_read()?;
         }
         if !self.fits(len) {
             return Ok(false);
         }
         if std::mem::take(&mut self.waiting) {
-            control.store(wire::PENDING_SEND_SIZE, 0, Ordering::Release)?;
+            let word = self.memory.control(wire::PENDING_SEND_SIZE)?;
+            word.store(0, Ordering::Release);
         }
         Ok(true)
     }
@@ -301,9 +298,8 @@ impl Producer {
             transaction_id,
         };
         let start = self.write;
+        self.memory.refresh()?;
         let memory = &self.memory;
-        let view = memory.view();
-        let control = memory.control(&view)?;
         let mut packet = [0; STAGED];
         if len as usize <= STAGED {
             let head = wire::DESCRIPTOR_LEN as usize;
@@ -311,27 +307,27 @@ impl Producer {
             packet[head..head + payload.len()].copy_from_slice(payload);
             let packet = &mut packet[..len as usize];
             put_trailer(packet, start);
-            memory.write(&view, start, packet)?;
+            memory.write(start, packet)?;
         } else {
-            memory.write(&view, start, descriptor.as_bytes())?;
+            memory.write(start, descriptor.as_bytes())?;
             let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
-            memory.write(&view, payload_at, payload)?;
+            memory.write(payload_at, payload)?;
             let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
             let tail = &mut packet[..padding + wire::TRAILER_LEN as usize];
             put_trailer(tail, start);
             let tail_at = memory.advance(payload_at, payload.len() as u32);
-            memory.write(&view, tail_at, tail)?;
+            memory.write(tail_at, tail)?;
         }
         self.write = memory.advance(start, len);
         // The guest unmasks, fences and looks at our index; we store our index and then look at its
         // mask: one of the two sees the other.
-        control.store(wire::WRITE_INDEX, self.write, Ordering::SeqCst)?;
-        if control.load(wire::INTERRUPT_MASK, Ordering::SeqCst)? != 0
-            && !mutant!("ring-mask-ignored")
-        {
+        let write_index = memory.control(wire::WRITE_INDEX)?;
+        write_index.store(self.write, Ordering::SeqCst);
+        let mask = memory.control(wire::INTERRUPT_MASK)?;
+        if mask.load(Ordering::SeqCst) != 0 && !mutant!("ring-mask-ignored") {
             return Ok(false);
         }
-        Ok(self.load_read(&control)? == start || mutant!("ring-signal-always"))
+        Ok(self.load_read()? == start || mutant!("ring-signal-always"))
     }
 }
 

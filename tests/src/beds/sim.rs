@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use uuid::Uuid;
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 use vm_vpci::hypercall::{CallRegisters, Outcome, XmmBlock};
 use vm_vpci::mem::{GuestRam, RamMap};
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
@@ -160,7 +160,7 @@ impl SimVm {
             })
             .collect();
         let map = RamMap::from_ranges(&regions).map_err(|error| failed(&error))?;
-        let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+        let ram = GuestRam::new(&map);
         let Some(first) = setup.ram.first() else {
             return Err(BootError::Failed("no RAM".into()));
         };

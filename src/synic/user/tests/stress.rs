@@ -6,8 +6,6 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
-use vm_memory::{GuestMemoryBackend, VolatileMemory};
-
 const CHANNELS: usize = 40;
 const HOSTS: usize = 3;
 const EVENTS: u64 = 8_000;
@@ -130,7 +128,7 @@ fn post_messages(shared: &Shared, wake: &Wake) {
 fn no_message_event_or_interrupt_is_lost_between_threads() {
     let apic = Arc::new(LocalApic::default());
     let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("test RAM");
-    let ram = GuestRam::new(GuestMemoryAtomic::new(map));
+    let ram = GuestRam::new(&map);
     let config = SynicConfig {
         apic_ids: Arc::new([0]),
         queue_limit: 8,
@@ -195,10 +193,9 @@ fn a_slot_freed_while_the_next_message_is_posted_gets_that_message() {
     thread::scope(|scope| {
         scope.spawn(|| {
             // The guest's own accesses are much faster than the host's, so they fall in between.
-            let map = bed.ram.memory();
-            let slot = map.get_slice(GuestAddress(SLOT2), 8).unwrap();
-            let owner = slot.get_atomic_ref::<AtomicU32>(0).unwrap();
-            let flags = slot.get_atomic_ref::<AtomicU32>(4).unwrap();
+            let view = bed.ram.view();
+            let owner = view.u32(SLOT2).unwrap();
+            let flags = view.u32(SLOT2 + 4).unwrap();
             for round in 1..=ROUNDS {
                 wait_for(&go, round);
                 // Sweeps over the steps of the delivery.

@@ -16,7 +16,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use uuid::Uuid;
-use vm_memory::GuestMemoryAtomic;
 use vm_vpci::kvm::{self, KvmDoorbells, KvmMsiSink};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
@@ -105,7 +104,7 @@ impl KvmMachine {
         let (vm, vcpus) = host.create(setup.vps)?;
         let ram = plug_memory(&vm, 0, &setup.ram)?;
         let puppet = PuppetMemory::plug(&vm, setup.ram.len() as u32, setup.vps)?;
-        let ram = GuestRam::new(GuestMemoryAtomic::new(ram));
+        let ram = GuestRam::new(&ram);
         let workers = Arc::new(Workers::new().map_err(refused("workers"))?);
         let msi = Arc::new(KvmMsiSink::new(vm.clone()));
         let doorbells: Option<Arc<dyn Doorbells>> = host

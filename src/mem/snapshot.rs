@@ -1,0 +1,222 @@
+//! The regions of guest RAM as they were at one moment.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use vm_memory::{
+    GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileMemoryError,
+    VolatileSlice,
+};
+
+use super::{MemError, RamMap};
+
+/// One region of RAM.
+#[derive(Debug)]
+struct Region {
+    start: u64,
+    /// Guest physical address of the last byte.
+    last: u64,
+    mapping: Arc<MmapRegion>,
+}
+
+impl Region {
+    /// Offset of `gpa`, which is in the region.
+    #[inline]
+    fn offset(&self, gpa: u64) -> usize {
+        (gpa - self.start) as usize
+    }
+}
+
+/// Guest RAM at one moment: never changes, and keeps its regions mapped.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    /// By address. In one piece: a search touches one or two cache lines.
+    regions: Box<[Region]>,
+}
+
+impl Snapshot {
+    /// The regions of `map`.
+    pub(crate) fn new(map: &RamMap) -> Self {
+        let regions = map.iter().map(|region| Region {
+            start: region.start_addr().0,
+            last: region.last_addr().0,
+            mapping: region.get_mmap(),
+        });
+        Self {
+            regions: regions.collect(),
+        }
+    }
+
+    #[inline]
+    fn find(&self, gpa: u64) -> Option<&Region> {
+        let next = self.regions.partition_point(|region| region.start <= gpa);
+        let region = &self.regions[next.checked_sub(1)?];
+        (gpa <= region.last).then_some(region)
+    }
+
+    /// The memory of a range that lies in one region; `None` says nothing about other ranges.
+    #[inline]
+    pub(crate) fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let region = self.find(gpa)?;
+        region.mapping.get_slice(region.offset(gpa), len).ok()
+    }
+
+    /// The memory from `gpa` to the end of its region, at most `len` bytes.
+    pub(crate) fn prefix(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let region = self.find(gpa)?;
+        let most = (region.last - gpa).saturating_add(1);
+        self.slice(gpa, most.min(len as u64) as usize)
+    }
+
+    /// Checks that a whole range is RAM; regions may adjoin. An empty range is RAM where its first
+    /// byte would be.
+    #[inline]
+    pub(crate) fn check(&self, gpa: u64, len: u64) -> Result<(), MemError> {
+        let error = MemError::NotRam { gpa, len };
+        let end = gpa.checked_add(len).ok_or(error)?;
+        let mut next = gpa;
+        loop {
+            let region = self.find(next).ok_or(error)?;
+            if end <= region.last {
+                return Ok(());
+            }
+            next = region.last.checked_add(1).ok_or(error)?;
+            if next >= end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// True if any byte of `gpa..end` is RAM.
+    pub(super) fn overlaps(&self, gpa: u64, end: u64) -> bool {
+        let mut regions = self.regions.iter();
+        regions.any(|region| region.start < end && gpa <= region.last)
+    }
+
+    /// As [`GuestRam::read`](super::GuestRam::read).
+    #[inline]
+    pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
+        if let Some(slice) = self.slice(gpa, buf.len()) {
+            slice.copy_to(buf);
+            return Ok(());
+        }
+        self.each_piece(gpa, buf.len(), |slice, done| {
+            slice.copy_to(&mut buf[done..]);
+        })
+    }
+
+    /// As [`GuestRam::write`](super::GuestRam::write).
+    #[inline]
+    pub(crate) fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
+        if let Some(slice) = self.slice(gpa, buf.len()) {
+            slice.copy_from(buf);
+            return Ok(());
+        }
+        self.each_piece(gpa, buf.len(), |slice, done| slice.copy_from(&buf[done..]))
+    }
+
+    /// Calls `f` with the memory of a range, region by region, and the bytes before each piece.
+    #[cold]
+    fn each_piece(
+        &self,
+        gpa: u64,
+        len: usize,
+        mut f: impl FnMut(VolatileSlice<'_>, usize),
+    ) -> Result<(), MemError> {
+        self.check(gpa, len as u64)?;
+        let mut done = 0;
+        while done < len {
+            let left = len - done;
+            let piece = self.prefix(gpa + done as u64, left);
+            let piece = piece.ok_or(MemError::NotRam {
+                gpa,
+                len: len as u64,
+            })?;
+            f(piece, done);
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    /// A 32-bit word.
+    #[inline]
+    pub(crate) fn u32(&self, gpa: u64) -> Result<&AtomicU32, MemError> {
+        let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 4 })?;
+        let word = region.mapping.get_atomic_ref(region.offset(gpa));
+        word.map_err(|error| word_error(&error, gpa, 4))
+    }
+
+    /// A 64-bit word.
+    #[inline]
+    pub(crate) fn u64(&self, gpa: u64) -> Result<&AtomicU64, MemError> {
+        let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 8 })?;
+        let word = region.mapping.get_atomic_ref(region.offset(gpa));
+        word.map_err(|error| word_error(&error, gpa, 8))
+    }
+
+    /// Finds a range that lies in one region, for many accesses.
+    pub(crate) fn span(&self, gpa: u64, len: usize) -> Result<Span, MemError> {
+        let not_ram = MemError::NotRam {
+            gpa,
+            len: len as u64,
+        };
+        let region = self.find(gpa).ok_or(not_ram)?;
+        let offset = region.offset(gpa);
+        region.mapping.get_slice(offset, len).map_err(|_| not_ram)?;
+        Ok(Span {
+            mapping: region.mapping.clone(),
+            offset,
+            len,
+        })
+    }
+}
+
+#[cold]
+fn word_error(error: &VolatileMemoryError, gpa: u64, size: u64) -> MemError {
+    match error {
+        VolatileMemoryError::Misaligned { .. } => MemError::Misaligned { gpa, align: size },
+        _ => MemError::NotRam { gpa, len: size },
+    }
+}
+
+/// Consecutive bytes of RAM that were found once. Their region stays mapped as long as this lives,
+/// also when the VMM takes it out of the map: whoever keeps a span compares
+/// [`GuestRam::generation`](super::GuestRam::generation) before each use.
+#[derive(Debug)]
+pub(crate) struct Span {
+    mapping: Arc<MmapRegion>,
+    offset: usize,
+    len: usize,
+}
+
+impl Span {
+    /// Lengthens the span by `next`, if that follows in the same region.
+    pub(crate) fn append(&mut self, next: &Self) -> bool {
+        let follows =
+            Arc::ptr_eq(&self.mapping, &next.mapping) && self.offset + self.len == next.offset;
+        if follows {
+            self.len += next.len;
+        }
+        follows
+    }
+
+    /// Memory of the span.
+    #[inline]
+    pub(crate) fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let end = offset.checked_add(len)?;
+        if end > self.len {
+            return None;
+        }
+        self.mapping.get_slice(self.offset + offset, len).ok()
+    }
+
+    /// The 32-bit word at `offset`; `None` if it is not in the span or not aligned.
+    #[inline]
+    pub(crate) fn u32(&self, offset: usize) -> Option<&AtomicU32> {
+        if offset.checked_add(size_of::<u32>())? > self.len {
+            return None;
+        }
+        self.mapping.get_atomic_ref(self.offset + offset).ok()
+    }
+}
