@@ -11,10 +11,10 @@ use arc_swap::ArcSwap;
 use super::channel::{ChannelDevice, ChannelSignal, OpenedChannel};
 use super::counters::VmBusCounters;
 use super::ring::{RingError, RingReader, RingWriter};
-use super::server::{Action, ChannelId, MessagePort, Outgoing, RingPages, Server};
+use super::server::{Action, ChannelId, MessagePort, Outgoing, RingPages, Server, supersedes};
 use super::{Limits, OfferError, VmBusConfig};
 use crate::hv::HvStatus;
-use crate::hv::vmbus::{self as wire, HostMessage, MessageBytes, guest, message_type};
+use crate::hv::vmbus::{self as wire, HostMessage, MessageBytes};
 use crate::hypercall::{MessageCalls, PostMessage};
 use crate::mem::GuestRam;
 use crate::synic::{SynicError, SynicPort};
@@ -67,11 +67,8 @@ struct Inbound {
 
 impl Inbound {
     /// The message ends the connection, so that what came before it no longer matters.
-    fn supersedes(&self) -> bool {
-        matches!(
-            guest::peek_type(&self.bytes),
-            Some(message_type::INITIATE_CONTACT | message_type::UNLOAD)
-        )
+    fn supersedes(&self, vp_count: u32) -> bool {
+        supersedes(self.port, &self.bytes, vp_count)
     }
 }
 
@@ -151,7 +148,7 @@ impl VmBus {
         let message = Inbound { port, bytes };
         let mut inbox = lock(&self.inbox);
         if inbox.len() >= self.limits.inbox {
-            if !message.supersedes() {
+            if !message.supersedes(self.synic.vp_count()) {
                 self.inbox_full.fetch_add(1, Ordering::Relaxed);
                 return mutant!(
                     "inbox-full-drops",
@@ -417,7 +414,8 @@ impl VmBus {
         }
         // The guest does not take its messages. Only a new kernel, or the farewell of this one,
         // gets past; what came before is void then.
-        let at = inbox.iter().position(Inbound::supersedes)?;
+        let vps = self.synic.vp_count();
+        let at = inbox.iter().position(|message| message.supersedes(vps))?;
         inbox.drain(..at);
         let message = inbox.pop_front();
         drop(inbox);

@@ -22,6 +22,7 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 
+pub(super) use connection::supersedes;
 pub use state::{ServerState, StateError};
 
 /// A channel of this server; never used again after its offer is gone.
@@ -206,6 +207,9 @@ pub struct Server {
     gpadls: Gpadls,
     actions: VecDeque<Action>,
     outbox: VecDeque<Outgoing>,
+    /// Bit n: a contact was refused on SINT n, which is not this server's, since the last
+    /// [`Action::DiscardMessages`] of it.
+    refused_sints: u16,
     counters: VmBusCounters,
 }
 
@@ -224,6 +228,7 @@ impl Server {
             gpadls: Gpadls::default(),
             actions: VecDeque::new(),
             outbox: VecDeque::new(),
+            refused_sints: 0,
             counters: VmBusCounters::default(),
         }
     }
@@ -326,7 +331,7 @@ impl Server {
         match self.connection {
             Connection::Disconnected => {
                 self.outbox.clear();
-                self.actions.push_back(Action::DiscardMessages(wire::SINT));
+                self.discard_messages();
             }
             Connection::Connected(contact) => self.disconnect(contact, AfterDisconnect::Reset),
             Connection::Disconnecting(contact, _) => {

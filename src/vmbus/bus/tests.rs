@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use uuid::Uuid;
 
 use super::*;
-use crate::hv::vmbus::{VP_NONE, Version};
+
+use crate::hv::vmbus::{VP_NONE, Version, message_type as t};
 use crate::vmbus::ring::guest::{GuestRing, ram};
 use crate::vmbus::{ChannelIdentity, OpenError};
 use crate::vmm::{Msi, MsiSink};
-use message_type as t;
 
 mod guest_os;
 mod threads;
@@ -340,6 +340,67 @@ fn the_inbox_is_bounded_and_the_guest_told_to_retry() {
     assert_eq!(guest.bus.counters().superseded, 4);
     assert_eq!(guest.bus.counters().messages, 1);
     assert_eq!(guest.bus.counters().connections, 1);
+}
+
+/// A contact that this server does not take: for another SINT.
+fn foreign_contact(vp: u32) -> Vec<u8> {
+    let mut bytes = guest_os::contact(Version::V5_3, vp);
+    bytes[16] = 5;
+    bytes
+}
+
+#[test]
+fn a_contact_that_ends_no_connection_waits_its_turn() {
+    let guest = Guest::new(64);
+    for _ in 0..4 {
+        guest.post_only(&words(t::REQUEST_OFFERS, &[]));
+    }
+    let full = Err(HvStatus::INSUFFICIENT_BUFFERS);
+    let missing_vp = guest_os::contact(Version::V5_3, 2);
+    let short = words(t::INITIATE_CONTACT, &[]);
+    for bytes in [foreign_contact(0), missing_vp, short] {
+        assert_eq!(guest.bus.post_message(4, 1, &bytes), full, "{bytes:x?}");
+    }
+    assert_eq!(guest.bus.counters().superseded, 0);
+    guest.host.run();
+    assert_eq!(guest.bus.counters().messages, 4);
+}
+
+#[test]
+fn a_contact_for_another_sint_leaves_what_is_owed_to_the_guest() {
+    let guest = Guest::new(2);
+    for n in 1..=20 {
+        guest.bus.offer(Echo::new(n)).unwrap();
+    }
+    guest.post_only(&guest_os::contact(Version::V5_3, 1));
+    guest.post_only(&words(t::REQUEST_OFFERS, &[]));
+    guest.post(&foreign_contact(1));
+    let types: Vec<u8> = guest.messages().iter().map(|message| message[0]).collect();
+    assert_eq!(types.len(), 22, "{types:?}");
+    assert_eq!(guest.bus.counters().superseded, 0);
+    assert_eq!(guest.bus.counters().contacts_refused, 1);
+}
+
+#[test]
+fn refusals_on_another_sint_do_not_outlive_the_connection() {
+    let guest = Guest::new(64);
+    let farewell = [words(t::UNLOAD_RESPONSE, &[])];
+    guest.connect(Version::V5_3);
+    // The first one fills the slot, which nobody empties; the second waits for it.
+    guest.post(&foreign_contact(1));
+    guest.post(&foreign_contact(1));
+    guest.post(&words(t::UNLOAD, &[]));
+    assert_eq!(guest.messages(), farewell);
+    // Nor do they hold up the next one, nor outlive a reset.
+    guest.post(&foreign_contact(1));
+    guest.connect(Version::V5_3);
+    guest.post(&words(t::UNLOAD, &[]));
+    assert_eq!(guest.messages(), farewell);
+    guest.post(&foreign_contact(1));
+    guest.bus.reset();
+    guest.connect(Version::V5_3);
+    guest.post(&words(t::UNLOAD, &[]));
+    assert_eq!(guest.messages(), farewell);
 }
 
 #[test]

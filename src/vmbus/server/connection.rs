@@ -18,47 +18,79 @@ pub(super) const VERSIONS: [Version; 7] = [
 /// Number of SINTs; SINT 0 belongs to the hypervisor.
 pub(super) const SINT_COUNT: u8 = 16;
 
-impl Server {
-    pub(super) fn initiate_contact(
-        &mut self,
+impl ContactRequest {
+    /// What an INITIATE_CONTACT asks of a server with `vp_count` VPs.
+    fn new(
         port: MessagePort,
         request: &guest::InitiateContact,
-    ) -> Result<(), Drop> {
+        vp_count: u32,
+    ) -> Result<Self, Drop> {
         let version = Version(request.version);
         let vp = if version >= Version::V3_0 {
             request.target_vp
         } else {
             0
         };
-        if vp >= self.vp_count {
+        if vp >= vp_count {
             return Err(Drop::BadTarget);
         }
         let fields = port == MessagePort::Contact;
         if fields && version >= Version::V5_1 && request.vtl != 0 {
             return Err(Drop::BadTarget);
         }
+        let sint = if fields && version >= Version::V5_0 {
+            request.sint
+        } else {
+            wire::SINT
+        };
+        if sint == 0 || sint >= SINT_COUNT {
+            return Err(Drop::BadTarget);
+        }
         let monitors = [request.monitor_to_guest, request.monitor_to_host];
-        let mut request = ContactRequest {
+        let consistent = (monitors[0] == 0) == (monitors[1] == 0);
+        Ok(Self {
             version,
             vp,
-            sint: if fields && version >= Version::V5_0 {
-                request.sint
-            } else {
-                wire::SINT
-            },
-            consistent: (monitors[0] == 0) == (monitors[1] == 0),
-        };
-        if request.sint != wire::SINT {
-            // For another server: it does not end our connection.
-            if request.sint == 0 || request.sint >= SINT_COUNT {
-                return Err(Drop::BadTarget);
-            }
-            request.consistent = false;
+            sint,
+            consistent,
+        })
+    }
+
+    /// The request is for another server: it does not end our connection.
+    fn is_foreign(&self) -> bool {
+        self.sint != wire::SINT
+    }
+}
+
+/// True for a message that ends the connection of a server with `vp_count` VPs, so that what came
+/// before it no longer matters.
+pub(crate) fn supersedes(port: MessagePort, bytes: &[u8], vp_count: u32) -> bool {
+    match GuestMessage::decode(bytes) {
+        Ok(GuestMessage::Unload) => true,
+        Ok(GuestMessage::InitiateContact(request)) => {
+            let request = ContactRequest::new(port, &request, vp_count);
+            request.is_ok_and(|request| !request.is_foreign())
+        }
+        _ => false,
+    }
+}
+
+impl Server {
+    pub(super) fn initiate_contact(
+        &mut self,
+        port: MessagePort,
+        request: &guest::InitiateContact,
+    ) -> Result<(), Drop> {
+        let request = ContactRequest::new(port, request, self.vp_count)?;
+        if request.is_foreign() {
             self.refuse(request);
             return Ok(());
         }
         match self.connection {
-            Connection::Disconnected => self.connect(request),
+            Connection::Disconnected => {
+                self.discard_refusals();
+                self.connect(request);
+            }
             Connection::Connected(_) if mutant!("contact-keeps-channels") => self.connect(request),
             Connection::Connected(contact) => {
                 self.disconnect(contact, AfterDisconnect::Contact(request));
@@ -111,6 +143,9 @@ impl Server {
     /// Answers a contact with no. Linux looks at `supported` only.
     fn refuse(&mut self, request: ContactRequest) {
         self.counters.contacts_refused += 1;
+        if request.is_foreign() {
+            self.refused_sints |= 1u16 << request.sint;
+        }
         let response = host::VersionResponse {
             supported: 0,
             state: 0,
@@ -154,8 +189,7 @@ impl Server {
             return;
         }
         self.connection = Connection::Disconnected;
-        self.actions
-            .push_back(Action::DiscardMessages(contact.sint));
+        self.discard_messages();
         match after {
             AfterDisconnect::Reset => self.outbox.clear(),
             AfterDisconnect::Unload if mutant!("unload-unanswered") => {}
@@ -166,6 +200,19 @@ impl Server {
             }),
             AfterDisconnect::Contact(request) => self.connect(request),
         }
+    }
+
+    /// Has dropped what waits at the SynIC.
+    pub(super) fn discard_messages(&mut self) {
+        self.actions.push_back(Action::DiscardMessages(wire::SINT));
+        self.discard_refusals();
+    }
+
+    /// Has dropped refusals that wait on other SINTs: they would hold up what comes after them.
+    fn discard_refusals(&mut self) {
+        let refused = std::mem::take(&mut self.refused_sints);
+        let sints = (1..SINT_COUNT).filter(|sint| refused & 1 << sint != 0);
+        self.actions.extend(sints.map(Action::DiscardMessages));
     }
 
     pub(super) fn request_offers(&mut self, contact: Contact) -> Result<(), Drop> {

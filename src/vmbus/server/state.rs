@@ -21,6 +21,8 @@ pub struct ServerState {
     pub actions: Vec<Action>,
     /// Messages not sent yet.
     pub outbox: Vec<Outgoing>,
+    /// Bit n: a refusal of a contact may wait on SINT n. Not for the SINT of this server.
+    pub refused_sints: u16,
 }
 
 impl ServerState {
@@ -73,6 +75,7 @@ impl Server {
             gpadls: self.gpadls.save(),
             actions,
             outbox: self.outbox.iter().cloned().collect(),
+            refused_sints: self.refused_sints,
         }
     }
 
@@ -107,6 +110,11 @@ impl Server {
             return Err(StateError::Outbox);
         }
         server.outbox = state.outbox.into();
+        // Bit 0 is the hypervisor's SINT.
+        if state.refused_sints & (1 | 1 << wire::SINT) != 0 {
+            return Err(StateError::Outbox);
+        }
+        server.refused_sints = state.refused_sints;
         Ok(server)
     }
 
@@ -220,7 +228,7 @@ impl Server {
             Action::Open(id) | Action::Close(id) => self.channels.contains_key(id),
             Action::Released(id) => !self.channels.contains_key(id) && id.0 < self.next_id,
             Action::Retarget(id, vp) => id.0 < self.next_id && *vp < self.vp_count,
-            Action::DiscardMessages(sint) => *sint == wire::SINT,
+            Action::DiscardMessages(sint) => (1..connection::SINT_COUNT).contains(sint),
         };
         if actions.iter().all(possible) {
             Ok(())
