@@ -34,7 +34,7 @@ use crate::pviommu::{
 };
 use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
 use crate::synic::{SintLines, SynicPort};
-use crate::vmbus::{ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
+use crate::vmbus::{ChannelDevice, ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
 use crate::vmm::{Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
 use crate::vpci::function::FunctionSpec;
@@ -406,11 +406,7 @@ impl Partition {
         let bus = Bus::new(config, spec.functions, host, &*self.host.workers)?;
         // Registered before the offer: the guest may call as soon as it knows the bus.
         self.registry.insert(&bus)?;
-        let offered = match self.enter_iommu(&bus) {
-            Ok(()) => self.vmbus.offer(bus.clone()).map_err(PlugError::from),
-            Err(error) => Err(error.into()),
-        };
-        match offered {
+        match self.enter(&bus) {
             Ok(channel) => buses.push(Plugged { bus, channel }),
             Err(error) => {
                 self.forget(&bus);
@@ -418,6 +414,16 @@ impl Partition {
             }
         }
         Ok(())
+    }
+
+    /// Makes a bus known to the pvIOMMU and to the guest.
+    fn enter(&self, bus: &Arc<Bus>) -> Result<ChannelId, PlugError> {
+        self.enter_iommu(bus)?;
+        // Devices are connected once: only when nothing can go wrong any more. Whatever takes an
+        // offer's room holds the lock that the caller has.
+        self.vmbus.check_offer(&bus.identity())?;
+        bus.connect();
+        Ok(self.vmbus.offer(bus.clone())?)
     }
 
     /// Adds a bus's functions to the pvIOMMU.

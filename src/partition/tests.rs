@@ -20,6 +20,7 @@ use crate::vmm::{MonotonicClock, Msi, Trigger, Worker};
 
 mod hostile;
 mod iommu;
+mod plug;
 mod state;
 
 const INSTANCE: Uuid = uuid!("00000001-1234-ab78-8000-000000000000");

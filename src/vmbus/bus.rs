@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
 
-use super::channel::{ChannelDevice, ChannelSignal, OpenedChannel};
+use super::channel::{ChannelDevice, ChannelIdentity, ChannelSignal, OpenedChannel};
 use super::counters::VmBusCounters;
 use super::ring::{RingError, RingReader, RingWriter};
 use super::server::{Action, ChannelId, MessagePort, Outgoing, RingPages, Server, supersedes};
@@ -185,6 +185,15 @@ impl VmBus {
         }
         device.signalled();
         Ok(())
+    }
+
+    /// Whether [`offer`](Self::offer) would take a channel now.
+    ///
+    /// # Errors
+    ///
+    /// [`OfferError`].
+    pub fn check_offer(&self, identity: &ChannelIdentity) -> Result<(), OfferError> {
+        lock(&self.server).check_offer(identity)
     }
 
     /// Offers a channel: at the guest's next connection, or at once if it has asked for offers.

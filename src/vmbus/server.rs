@@ -273,12 +273,12 @@ impl Server {
         self.channels.get(&id)
     }
 
-    /// Adds a channel, and offers it if the guest has asked for offers.
+    /// Whether a channel can be added now.
     ///
     /// # Errors
     ///
-    /// [`OfferError`]; nothing changed then.
-    pub fn offer(&mut self, identity: ChannelIdentity) -> Result<ChannelId, OfferError> {
+    /// [`OfferError`]: what stands in the way.
+    pub fn check_offer(&self, identity: &ChannelIdentity) -> Result<(), OfferError> {
         let taken = |channel: &Channel| channel.identity.instance == identity.instance;
         if self.channels.values().any(taken) {
             return Err(OfferError::InstanceInUse {
@@ -290,6 +290,16 @@ impl Server {
                 limit: self.limits.channels,
             });
         }
+        Ok(())
+    }
+
+    /// Adds a channel, and offers it if the guest has asked for offers.
+    ///
+    /// # Errors
+    ///
+    /// [`OfferError`]; nothing changed then.
+    pub fn offer(&mut self, identity: ChannelIdentity) -> Result<ChannelId, OfferError> {
+        self.check_offer(&identity)?;
         let id = ChannelId(self.next_id);
         self.next_id += 1;
         let channel = Channel {

@@ -183,12 +183,12 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Builds a bus of devices. Connects the devices, and
-    /// has `workers` adopt the bus's worker. The caller offers the bus as a channel.
+    /// Builds a bus of devices, and has `workers` adopt the bus's worker. The caller connects the
+    /// devices ([`Bus::connect`]) and then offers the bus as a channel.
     ///
     /// # Errors
     ///
-    /// [`BusError`]; devices may have been connected by then.
+    /// [`BusError`]; the devices know nothing of it.
     pub fn new(
         config: BusConfig,
         functions: Vec<FunctionSpec>,
@@ -231,6 +231,14 @@ impl Bus {
         // The cell was made a moment ago: nobody else has filled it.
         let _ = bus.trigger.set(trigger);
         Ok(bus)
+    }
+
+    /// Gives the devices their DMA and their interrupts, which they take once. The last step before
+    /// the offer: a device whose bus was refused before can be plugged in later.
+    pub fn connect(&self) {
+        for slot in self.core.functions() {
+            slot.connect();
+        }
     }
 
     /// The bus's name.
@@ -444,7 +452,7 @@ impl Open {
     }
 }
 
-/// Plugs devices into their slots.
+/// Makes the slots of the devices.
 fn plug(
     mut specs: Vec<FunctionSpec>,
     host: &SlotHost,

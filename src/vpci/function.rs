@@ -179,7 +179,8 @@ pub trait PciFunction: Send + Sync + Debug {
     /// The constant facts. Called when the function is plugged in.
     fn layout(&self) -> FunctionLayout;
 
-    /// Hands over DMA and interrupts. Called once, before any other access.
+    /// Hands over DMA and interrupts. Called once, before any other access, when nothing can refuse
+    /// the bus any more.
     fn connect(&self, resources: FunctionResources);
 
     /// A guest load from BAR `bar`; `data` is 1, 2, 4 or 8 bytes, naturally aligned, inside the

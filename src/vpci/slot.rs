@@ -94,7 +94,8 @@ pub(crate) struct FunctionSlot {
 }
 
 impl FunctionSlot {
-    /// Plugs `device` in as function `number`.
+    /// A place for `device` as function `number`. The device knows nothing of it before
+    /// [`FunctionSlot::connect`].
     ///
     /// # Errors
     ///
@@ -125,10 +126,6 @@ impl FunctionSlot {
         ));
         let messages: Weak<Interrupts> = Arc::downgrade(&interrupts);
         dma.set_message_target(messages);
-        device.connect(FunctionResources {
-            dma: Dma::new(dma.clone()),
-            interrupts: interrupts.clone(),
-        });
         Ok(Arc::new(Self {
             number,
             layout,
@@ -145,6 +142,14 @@ impl FunctionSlot {
             link,
             linked: AtomicBool::new(true),
         }))
+    }
+
+    /// Gives the device its DMA and its interrupts. Once, before the guest can see it.
+    pub(crate) fn connect(&self) {
+        self.device.connect(FunctionResources {
+            dma: Dma::new(self.dma.clone()),
+            interrupts: self.interrupts.clone(),
+        });
     }
 
     /// A guest's load from the configuration space. Takes no lock.

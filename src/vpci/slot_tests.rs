@@ -145,8 +145,10 @@ fn rig_of(device: Probe) -> Rig {
         doorbells: Some(board.clone()),
     };
     let device = Arc::new(device);
+    let slot = FunctionSlot::new(0, false, device.clone(), &host, None).unwrap();
+    slot.connect();
     Rig {
-        slot: FunctionSlot::new(0, false, device.clone(), &host, None).unwrap(),
+        slot,
         device,
         board,
         msi,

@@ -176,10 +176,12 @@ impl Guest {
             instance: INSTANCE,
             numa_node: Some(1),
         };
+        let bus = Bus::new(config, specs(functions), host, &*workers).unwrap();
+        bus.connect();
         Self {
             to_host: GuestRing::new(&ram, &TO_HOST),
             to_guest: GuestRing::new(&ram, &TO_GUEST),
-            bus: Bus::new(config, specs(functions), host, &*workers).unwrap(),
+            bus,
             interrupted: Arc::default(),
             ram,
             mmio,
