@@ -129,11 +129,13 @@ impl Partition {
             let mut all = buses.iter().map(|plugged| &plugged.bus);
             all.find(|bus| bus.config().instance == *instance)
         };
-        let all = || {
-            let mut found = state.buses.iter().map(|saved| &saved.instance);
-            found.all(|instance| by_instance(instance).is_some())
+        // As many, and each of them once: the same.
+        let known = |at: usize| {
+            let instance = &state.buses[at].instance;
+            let mut before = state.buses[..at].iter();
+            by_instance(instance).is_some() && before.all(|saved| saved.instance != *instance)
         };
-        if state.buses.len() != buses.len() || !all() {
+        if state.buses.len() != buses.len() || !(0..buses.len()).all(known) {
             return Err(PartitionStateError::Buses);
         }
         self.msrs.restore(&state.msrs)?;

@@ -254,6 +254,24 @@ fn a_state_does_not_fit_a_partition_with_another_bus() {
 }
 
 #[test]
+fn a_state_that_has_one_bus_twice_does_not_fit_two_buses() {
+    let mut state = busy().partition.save();
+    let twice = state.buses[0].clone();
+    state.buses.push(twice);
+    let guest = Guest::new();
+    let device = TestDevice::new(3, &*guest.host).unwrap();
+    let spec = BusSpec {
+        instance: uuid!("00000003-0002-0003-8000-000000000000"),
+        functions: vec![FunctionSpec::new(0, device)],
+    };
+    guest.partition.plug(spec).unwrap();
+    assert_eq!(
+        guest.partition.restore(&state),
+        Err(PartitionStateError::Buses)
+    );
+}
+
+#[test]
 fn a_bus_can_be_removed_after_a_migration_and_a_removed_one_stays_removed() {
     let guest = busy().migrate();
     assert!(guest.partition.remove(&INSTANCE));
