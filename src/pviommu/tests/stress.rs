@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::hv::HvStatus;
 
 /// Pages of each domain, and how many bytes of a page are looked at.
 const PAGES: u64 = 12;
@@ -174,5 +175,106 @@ fn no_access_is_stale_while_guests_unmap_flush_and_move() {
         for guest in guests {
             assert!(guest.join().unwrap() > 0);
         }
+    });
+}
+
+/// Takes functions away, and kernels with all that they made; no page of a domain may be used
+/// meanwhile.
+fn host(bed: &Bed, spaces: &[Space; 2], stop: &AtomicBool, seed: u64) -> u64 {
+    let functions = [(A, &bed.a), (B, &bed.b)];
+    let mut state = seed;
+    let mut rounds = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let dice = random(&mut state);
+        let at = (dice / 8 % 2) as usize;
+        let (code, function) = functions[at];
+        match dice % 4 {
+            0 => {
+                bed.iommu.guest_gone();
+                for space in spaces {
+                    space.watch(bed, 0);
+                }
+                // Attached again too early: it stays away until D0.
+                bed.iommu.create(spaces[at].number).unwrap();
+                let name = DomainName::FirstStage(spaces[at].number);
+                let to = spaces[at].table;
+                bed.iommu.configure(spaces[at].number, to).unwrap();
+                bed.iommu.attach(name, id(code)).unwrap();
+                spaces[at].watch(bed, 1);
+                for (code, _) in functions {
+                    bed.iommu.power_on(id(code));
+                }
+                bed.iommu.reset();
+            }
+            1 => bed.iommu.reset(),
+            _ => {
+                bed.iommu.begin_removal(id(code));
+                spaces[at].watch(bed, 2);
+                bed.iommu.remove_device(id(code));
+                let port = function.port.clone();
+                bed.iommu
+                    .add_device(id(code), IommuMode::On, Some(port))
+                    .unwrap();
+            }
+        }
+        spaces[at].watch(bed, dice / 64 % PAGES);
+        for (space, (code, _)) in spaces.iter().zip(functions) {
+            // Those that a removal left alone are there already.
+            let _ = bed.iommu.create(space.number);
+            bed.iommu.configure(space.number, space.table).unwrap();
+            let name = DomainName::FirstStage(space.number);
+            let _ = bed.iommu.attach(name, id(code));
+        }
+        rounds += 1;
+    }
+    rounds
+}
+
+/// Calls that change nothing, of domains that come and go.
+fn bystander(bed: &Bed, stop: &AtomicBool) -> u64 {
+    let mut rounds = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let name = DomainName::FirstStage(1 + rounds as u32 % 2);
+        let flushed = match rounds % 3 {
+            0 => bed.iommu.flush(name),
+            _ => {
+                let first = IOVA >> 12;
+                let shift = (rounds % 8) as u8;
+                bed.iommu.flush_ranges(name, &[FlushRange { first, shift }])
+            }
+        };
+        assert!(matches!(flushed, Ok(()) | Err(HvStatus::INVALID_PARAMETER)));
+        assert!(bed.iommu.report().devices.len() >= 2);
+        assert!(bed.iommu.save().domains.len() <= 2);
+        rounds += 1;
+    }
+    rounds
+}
+
+#[test]
+fn no_access_is_stale_while_functions_and_kernels_come_and_go() {
+    let mut bed = Bed::with(IommuConfig {
+        iotlb_entries: 16,
+        ..IommuConfig::default()
+    });
+    let spaces = [1, 2].map(|number| Space::new(&mut bed, number));
+    assert_eq!((bed.attach(1, A), bed.attach(2, B)), (0, 0));
+    let stop = AtomicBool::new(false);
+    let (bed, spaces, stop) = (&bed, &spaces, &stop);
+    std::thread::scope(|scope| {
+        let devices = [(&bed.a, 12), (&bed.a, 23), (&bed.b, 34)]
+            .map(|(function, seed)| scope.spawn(move || device(function, stop, seed)));
+        let host = scope.spawn(|| host(bed, spaces, stop, 45));
+        let bystander = scope.spawn(|| bystander(bed, stop));
+        let end = Instant::now() + duration();
+        while Instant::now() < end && !host.is_finished() && !bystander.is_finished() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        stop.store(true, Ordering::Relaxed);
+        for device in devices {
+            assert!(device.join().unwrap() > 0);
+        }
+        assert!(host.join().unwrap() > 0);
+        assert!(bystander.join().unwrap() > 0);
     });
 }
