@@ -30,8 +30,8 @@ impl LogicalDeviceId {
     pub fn from_domain_call(device_id: u64) -> Option<Self> {
         let id = device_id as u32;
         let upper = (device_id >> 32) as u32;
-        let extended = upper == u32::MAX && id >> 31 != 0;
-        (upper == 0 || extended).then_some(Self(id))
+        let extended = upper == u32::MAX && id >> 31 != 0 && !mutant!("id-sign-refused");
+        (upper == 0 || extended || mutant!("id-any-upper-half")).then_some(Self(id))
     }
 
     /// The id, zero-extended.

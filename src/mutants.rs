@@ -306,6 +306,124 @@ pub const ALL: &[(&str, &str)] = &[
     ),
     ("pending-bits-hidden", "the pending bits of MSI-X read as 0"),
     ("dma-without-master", "DMA works with bus mastering off"),
+    // The pvIOMMU.
+    (
+        "domain-any-partition",
+        "a device domain call for another partition is executed",
+    ),
+    (
+        "domain-reserved-bytes",
+        "reserved bytes of a device domain are ignored",
+    ),
+    (
+        "id-any-upper-half",
+        "the upper half of a device id is ignored",
+    ),
+    ("id-sign-refused", "a sign-extended device id is refused"),
+    (
+        "property-always-behind",
+        "every function is said to be behind the pvIOMMU",
+    ),
+    (
+        "create-again-succeeds",
+        "CREATE of a number in use succeeds",
+    ),
+    (
+        "create-limit-status",
+        "the limit on domains is met with the status of another limit",
+    ),
+    (
+        "delete-in-use",
+        "a domain with devices in it can be deleted",
+    ),
+    (
+        "domain-new-is-identity",
+        "a domain that is not configured is the identity",
+    ),
+    (
+        "default-never-blocks",
+        "a device that is to be blocked until attached is not",
+    ),
+    ("configure-any-root", "a root outside RAM is accepted"),
+    (
+        "configure-five-levels",
+        "tables of 5 levels are accepted where they are not offered",
+    ),
+    (
+        "configure-blocked-alone",
+        "blocked without translation enabled is accepted",
+    ),
+    (
+        "configure-not-live",
+        "CONFIGURE does not reach the devices in the domain",
+    ),
+    (
+        "attach-not-behind",
+        "a function that is not behind the pvIOMMU can be attached",
+    ),
+    (
+        "attach-twice-succeeds",
+        "ATTACH to the domain that the device is in succeeds",
+    ),
+    (
+        "attach-keeps-old",
+        "after ATTACH the device still obeys its former domain",
+    ),
+    (
+        "attach-keeps-cache",
+        "after a move translations of the former domain are used",
+    ),
+    ("detach-without-effect", "DETACH succeeds and does nothing"),
+    ("flush-forgets-nothing", "FLUSH succeeds and does nothing"),
+    (
+        "flush-list-first-only",
+        "of a flush list only the first element is done",
+    ),
+    (
+        "flush-list-one-device",
+        "a flush list is for one device of the domain",
+    ),
+    (
+        "flush-list-low-bits",
+        "a flush begins at the page that its element names, not at its block",
+    ),
+    (
+        "iotlb-flush-keeps-large",
+        "a flush of an address keeps large pages",
+    ),
+    (
+        "iotlb-long-flush-lost",
+        "a flush of many pages does nothing",
+    ),
+    (
+        "iotlb-hit-ignores-writes",
+        "a page that was read once can be written",
+    ),
+    ("walk-user-ignored", "entries for supervisors let DMA pass"),
+    ("walk-writable-ignored", "read-only entries let writes pass"),
+    ("walk-reserved-bits", "reserved bits of entries are ignored"),
+    ("walk-leaf-anywhere", "leaves at levels 4 and 5 are pages"),
+    ("walk-sets-no-accessed", "the accessed bit is not set"),
+    ("walk-sets-no-dirty", "the dirty bit is not set"),
+    ("walk-dirties-on-read", "a read sets the dirty bit"),
+    (
+        "interrupts-translated",
+        "the interrupt range is translated like any other",
+    ),
+    ("faults-not-by-domain", "faults are not counted by domain"),
+    (
+        "kexec-keeps-domains",
+        "domains survive the end of the guest's identity",
+    ),
+    (
+        "kexec-holds-nothing",
+        "DMA of a former kernel goes on in the next one",
+    ),
+    (
+        "power-on-keeps-held",
+        "devices of a former kernel stay blocked",
+    ),
+    ("reset-keeps-domains", "domains survive a reset"),
 ];
 
 /// Whether the mutant is the one that was selected.

@@ -230,7 +230,9 @@ impl DmaPort {
         };
         let settings = &unit.settings;
         let slot = gate.attachment.fault_slot as usize;
-        if let Some(counter) = settings.domain_faults.get(slot) {
+        if let Some(counter) = settings.domain_faults.get(slot)
+            && !mutant!("faults-not-by-domain")
+        {
             counter.fetch_add(1, Ordering::Relaxed);
         }
         // A guest can cause these as often as it likes: log at powers of two.
@@ -249,6 +251,7 @@ impl DeviceBackend for DmaPort {
         let gate = &mut *gate;
         gate.attachment = *to;
         match &mut gate.unit {
+            Some(_) if mutant!("attach-keeps-cache") => {}
             Some(unit) => unit.iotlb.flush_all(),
             // Nobody attaches a port without a unit; if somebody does, nothing passes.
             _ => gate.attachment.translation = Translation::Blocked,

@@ -56,7 +56,7 @@ impl IommuGroup {
         let invalid = HvStatus::INVALID_PARAMETER;
         let flags = wire::ConfigureFlags::from_bits(input.flags).ok_or(invalid)?;
         let five = flags.contains(wire::ConfigureFlags::FIVE_LEVELS);
-        if five && !self.iommu.config().five_levels {
+        if five && !self.iommu.config().five_levels && !mutant!("configure-five-levels") {
             return Err(invalid);
         }
         let enabled = flags.contains(wire::ConfigureFlags::TRANSLATION_ENABLED);
@@ -67,6 +67,7 @@ impl IommuGroup {
                 levels: if five { Levels::Five } else { Levels::Four },
             }),
             (false, false) => Translation::Identity,
+            (false, true) if mutant!("configure-blocked-alone") => Translation::Blocked,
             (false, true) => return Err(invalid),
         };
         self.iommu.configure(number, translation)
@@ -127,7 +128,8 @@ impl IommuGroup {
         if shift > wire::FlushElement::MAX_SHIFT {
             return Err(HvStatus::INVALID_PARAMETER);
         }
-        let first = element.page() >> shift << shift;
+        let block = element.page() >> shift << shift;
+        let first = mutant!("flush-list-low-bits", element.page(), block);
         let pages = 1 << (u32::from(self.iommu.config().iova_width()) - PAGE_SIZE.ilog2());
         if first >= pages {
             return Err(HvStatus::INVALID_PARAMETER);
@@ -186,6 +188,7 @@ fn put(answer: &(impl IntoBytes + zerocopy::Immutable), output: &mut [u8]) -> Re
 fn own(partition_id: u64) -> Result<(), HvStatus> {
     match partition_id {
         PARTITION_SELF => Ok(()),
+        _ if mutant!("domain-any-partition") => Ok(()),
         _ => Err(HvStatus::INVALID_PARTITION_ID),
     }
 }
@@ -198,7 +201,9 @@ fn name(domain: &wire::DeviceDomain) -> Result<DomainName, HvStatus> {
     let id = domain.domain_id;
     let number = (id >> 32) as u32;
     match id & 0xffff_ffff {
-        _ if level != 0 || domain.reserved != [0; 7] => Err(HvStatus::INVALID_PARAMETER),
+        _ if level != 0 || (domain.reserved != [0; 7] && !mutant!("domain-reserved-bytes")) => {
+            Err(HvStatus::INVALID_PARAMETER)
+        }
         wire::DOMAIN_TYPE_S1 => Ok(DomainName::FirstStage(number)),
         wire::DOMAIN_TYPE_S2 if number == wire::DOMAIN_DEFAULT => Ok(DomainName::Default),
         _ => Err(HvStatus::INVALID_PARAMETER),

@@ -174,12 +174,15 @@ impl Directory {
             Some((slot, domain)) => Attachment {
                 domain: domain.number,
                 fault_slot: slot + 1,
-                translation: domain.translation.unwrap_or(Translation::Blocked),
+                translation: match domain.translation {
+                    None if mutant!("domain-new-is-identity") => Translation::Identity,
+                    translation => translation.unwrap_or(Translation::Blocked),
+                },
             },
             None => Attachment::DEFAULT,
         };
         let waiting = domain.is_none() && device.mode == IommuMode::BlockedUntilAttached;
-        if device.held || waiting {
+        if device.held || (waiting && !mutant!("default-never-blocks")) {
             to.translation = Translation::Blocked;
         }
         to

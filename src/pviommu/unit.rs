@@ -295,7 +295,8 @@ impl PvIommu {
     pub fn power_on(&self, id: LogicalDeviceId) {
         let held = |directory: &Directory| {
             let device = directory.devices.get(directory.devices.find(id)?)?;
-            (device.held && !device.removing).then_some(())
+            let held = device.held && !mutant!("power-on-keeps-held");
+            (held && !device.removing).then_some(())
         };
         if held(&self.read()).is_none() {
             return;
@@ -316,11 +317,17 @@ impl PvIommu {
     /// functions behind the pvIOMMU blocked until their buses are brought to D0, so that DMA which
     /// the former kernel started does not reach the next one (docs/spec/pviommu.md#IO-7-03).
     pub fn guest_gone(&self) {
-        self.start_anew(true);
+        if mutant!("kexec-keeps-domains") {
+            return;
+        }
+        self.start_anew(!mutant!("kexec-holds-nothing"));
     }
 
     /// The VM is being reset: no domains, every function in its default state.
     pub fn reset(&self) {
+        if mutant!("reset-keeps-domains") {
+            return;
+        }
         self.start_anew(false);
     }
 
@@ -349,10 +356,15 @@ impl PvIommu {
                 self.forget_faults(slot);
                 Ok(())
             }
+            Err(InsertError::Exists) if mutant!("create-again-succeeds") => Ok(()),
             Err(InsertError::Exists) => Err(HvStatus::KEY_ALREADY_EXISTS),
             Err(InsertError::Full) => {
                 count(&self.stats.domains_refused);
-                Err(HvStatus::INSUFFICIENT_DEVICE_DOMAINS)
+                Err(mutant!(
+                    "create-limit-status",
+                    HvStatus::INSUFFICIENT_BUFFERS,
+                    HvStatus::INSUFFICIENT_DEVICE_DOMAINS
+                ))
             }
         }
     }
@@ -365,7 +377,8 @@ impl PvIommu {
     pub fn delete(&self, number: u32) -> Result<(), HvStatus> {
         let mut directory = self.write();
         let slot = find(&directory, number)?;
-        if directory.domains.get(slot).is_some_and(|d| d.members != 0) {
+        let used = directory.domains.get(slot).is_some_and(|d| d.members != 0);
+        if used && !mutant!("delete-in-use") {
             return Err(HvStatus::OBJECT_IN_USE);
         }
         directory.domains.remove(number);
@@ -388,6 +401,7 @@ impl PvIommu {
         self.set_translation(&mut directory, slot, Some(translation));
         let refused = directory
             .members(slot)
+            .filter(|_| !mutant!("configure-not-live"))
             .position(|device| self.attach_backend(&directory, device).is_err());
         if let Some(refused) = refused {
             self.set_translation(&mut directory, slot, former);
@@ -405,8 +419,10 @@ impl PvIommu {
             return true;
         };
         table.root.is_multiple_of(PAGE_SIZE)
-            && self.ram.is_ram(table.root, PAGE_SIZE)
-            && (table.levels == Levels::Four || self.config.five_levels)
+            && (self.ram.is_ram(table.root, PAGE_SIZE) || mutant!("configure-any-root"))
+            && (table.levels == Levels::Four
+                || self.config.five_levels
+                || mutant!("configure-five-levels"))
     }
 
     fn set_translation(&self, directory: &mut Directory, slot: u32, to: Option<Translation>) {
@@ -434,17 +450,21 @@ impl PvIommu {
             .devices
             .get(slot)
             .ok_or(HvStatus::INVALID_DEVICE_ID)?;
-        if device.mode == IommuMode::Off || device.removing {
+        let off = device.mode == IommuMode::Off && !mutant!("attach-not-behind");
+        if off || device.removing {
             return Err(HvStatus::INVALID_DEVICE_STATE);
         }
         if directory.domain_of(slot) == to {
             return match to {
+                Some(_) if mutant!("attach-twice-succeeds") => Ok(()),
                 Some(_) => Err(HvStatus::DEVICE_ALREADY_IN_DOMAIN),
                 None => Ok(()),
             };
         }
         let attachment = directory.attachment(device, to);
-        self.tell(device, &attachment)?;
+        if !mutant!("attach-keeps-old") {
+            self.tell(device, &attachment)?;
+        }
         directory.place(slot, to);
         Ok(())
     }
@@ -455,6 +475,9 @@ impl PvIommu {
     ///
     /// The status.
     pub fn detach(&self, id: LogicalDeviceId) -> Result<(), HvStatus> {
+        if mutant!("detach-without-effect") {
+            return self.is_behind(id).map(drop);
+        }
         self.attach(DomainName::Default, id)
     }
 
@@ -467,7 +490,9 @@ impl PvIommu {
         let directory = self.read();
         if let DomainName::FirstStage(number) = domain {
             let slot = find(&directory, number)?;
-            backends(&directory, slot).for_each(|backend| backend.flush_all());
+            if !mutant!("flush-forgets-nothing") {
+                backends(&directory, slot).for_each(|backend| backend.flush_all());
+            }
         }
         count(&self.stats.flushes);
         Ok(())
@@ -482,7 +507,14 @@ impl PvIommu {
         let directory = self.read();
         if let DomainName::FirstStage(number) = domain {
             let slot = find(&directory, number)?;
-            backends(&directory, slot).for_each(|backend| backend.flush(ranges));
+            let done = mutant!(
+                "flush-list-first-only",
+                &ranges[..ranges.len().min(1)],
+                ranges
+            );
+            let most = mutant!("flush-list-one-device", 1, usize::MAX);
+            let backends = backends(&directory, slot).take(most);
+            backends.for_each(|backend| backend.flush(done));
         }
         let flushed = &self.stats.flushed_ranges;
         flushed.fetch_add(ranges.len() as u64, Ordering::Relaxed);
@@ -499,7 +531,7 @@ impl PvIommu {
         let slot = directory.devices.find(id);
         let device = slot.and_then(|slot| directory.devices.get(slot));
         let device = device.ok_or(HvStatus::INVALID_DEVICE_ID)?;
-        Ok(device.mode != IommuMode::Off)
+        Ok(device.mode != IommuMode::Off || mutant!("property-always-behind"))
     }
 
     /// State for people and tests.

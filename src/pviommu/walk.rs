@@ -63,8 +63,9 @@ pub(crate) fn walk(
         let mut value = word.load(Ordering::Acquire);
         for attempt in 0.. {
             let is_leaf = judge(value, level, unusable, access)?;
-            let mut bits = entry::ACCESSED;
-            if is_leaf && access == Access::Write {
+            let mut bits = mutant!("walk-sets-no-accessed", 0, entry::ACCESSED);
+            let writes = access == Access::Write || mutant!("walk-dirties-on-read");
+            if is_leaf && writes && !mutant!("walk-sets-no-dirty") {
                 bits |= entry::DIRTY;
             }
             if value & bits == bits {
@@ -103,20 +104,21 @@ fn judge(value: u64, level: u8, unusable: u64, access: Access) -> Result<bool, F
     }
     let leaf = is_leaf(value, level);
     let mut reserved = unusable;
-    if leaf && level > MAX_LEAF_LEVEL {
+    if leaf && level > MAX_LEAF_LEVEL && !mutant!("walk-leaf-anywhere") {
         return Err(FaultCause::Reserved { level });
     }
     if leaf {
         // Address bits below the size of the page.
         reserved |= entry::ADDRESS & (leaf_size(level) - 1);
     }
-    if value & reserved != 0 {
+    if value & reserved != 0 && !mutant!("walk-reserved-bits") {
         return Err(FaultCause::Reserved { level });
     }
-    if value & entry::USER == 0 {
+    if value & entry::USER == 0 && !mutant!("walk-user-ignored") {
         return Err(FaultCause::Supervisor { level });
     }
-    if access == Access::Write && value & entry::WRITABLE == 0 {
+    let writable = value & entry::WRITABLE != 0 || mutant!("walk-writable-ignored");
+    if access == Access::Write && !writable {
         return Err(FaultCause::ReadOnly { level });
     }
     Ok(leaf)

@@ -94,7 +94,7 @@ impl Iotlb {
             let Some(value) = self.cell(tag).load(tag) else {
                 continue;
             };
-            if write && value & WRITABLE == 0 {
+            if write && value & WRITABLE == 0 && !mutant!("iotlb-hit-ignores-writes") {
                 // A walk decides whether the page is read-only or merely clean.
                 break;
             }
@@ -129,11 +129,17 @@ impl Iotlb {
         };
         let smallest = LEVELS.into_iter().find(|level| sizes & 1 << level != 0);
         if smallest.is_some_and(|level| count(level) > MAX_LOOKUPS) {
+            if mutant!("iotlb-long-flush-lost") {
+                return;
+            }
             self.flush_all();
             return;
         }
         self.range_flushes += 1;
-        for level in LEVELS.into_iter().filter(|level| sizes & 1 << level != 0) {
+        let here = |level: &u8| {
+            sizes & 1 << level != 0 && (*level == 1 || !mutant!("iotlb-flush-keeps-large"))
+        };
+        for level in LEVELS.into_iter().filter(here) {
             let first = range.first >> fold(level);
             for page in first..first.saturating_add(count(level)) {
                 let tag = self.tag(page, level);

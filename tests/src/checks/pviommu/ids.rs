@@ -1,6 +1,8 @@
 //! Logical device ids: which function each call means, and for how long.
 #![forbid(unsafe_code)]
 
+use std::thread;
+
 use uuid::Uuid;
 use vm_vpci::pviommu::IommuMode;
 
@@ -63,6 +65,12 @@ pub(super) const CHECKS: &[Check] = &[
         "After its removal nothing of a device is known, and its domain can be deleted.",
         &["IO-1-07", "IO-4-07", "IO-4-08"],
         forgotten,
+    ),
+    Check::new(
+        "pviommu.id.being-removed",
+        "While a removal is under way no call does anything with the device any more.",
+        &["IO-4-08", "IO-1-07", "IO-6-02"],
+        being_removed,
     ),
     Check::new(
         "pviommu.id.reused",
@@ -359,6 +367,56 @@ fn forgotten(context: &Context) -> Verdict {
     scene.exists(1, true)?;
     equal("status of DELETE", iommu.delete(1)?, 0)?;
     scene.exists(1, false)
+}
+
+fn being_removed(context: &Context) -> Verdict {
+    let plain = Plain::wide();
+    let vm = context.machine(&Setup {
+        buses: vec![BusSetup {
+            instance: BusSetup::instance(1),
+            functions: vec![plain.function(0).with_iommu(IommuMode::On)],
+        }],
+        ..setup()
+    })?;
+    let bus = Bus::bring_up(&vm)?;
+    bus.set_config(slot(0), 4, 2, 6)?;
+    let (iommu, id) = (PvIommu::new(bus.kernel()), bus.logical_id(slot(0)));
+    for number in [1, 2] {
+        equal("status of CREATE", iommu.create(number)?, 0)?;
+        equal("identity", iommu.configure(number, 0, 0)?, 0)?;
+    }
+    equal("status of ATTACH", iommu.attach(1, id)?, 0)?;
+    let page = vm.pages(1)?;
+    holds("the device has DMA", plain.write(page, &[7; 8]))?;
+    plain.hold_resets();
+    let asked = thread::scope(|scope| {
+        let remover = scope.spawn(|| vm.remove(BusSetup::instance(1)));
+        let held = plain.is_held();
+        // Nothing here may leave before the reset goes on.
+        let asked = held.then(|| -> Result<_, Failure> {
+            let statuses = [
+                iommu.attach(2, id)?,
+                iommu.detach(id)?,
+                iommu.attach(1, id)?,
+            ];
+            Ok((statuses, plain.write(page, &[9; 8]), iommu.delete(1)?))
+        });
+        plain.let_go();
+        let panicked = |_| Failure::Host("a thread panicked".into());
+        remover.join().map_err(panicked)??;
+        asked.transpose()
+    })?;
+    let Some((statuses, wrote, deleted)) = asked else {
+        return holds("the removal resets the device", false);
+    };
+    let known = [status::INVALID_DEVICE_ID, status::INVALID_DEVICE_STATE];
+    holds(
+        format!("statuses of ATTACH and DETACH {statuses:x?} are of {known:x?}"),
+        statuses.iter().all(|status| known.contains(status)),
+    )?;
+    holds("the device has no DMA", !wrote)?;
+    equal("DELETE of the domain that it was in", deleted, 0)?;
+    equal("RAM", vm.read(page, 8)?, vec![7; 8])
 }
 
 fn reused(context: &Context) -> Verdict {

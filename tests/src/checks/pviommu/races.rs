@@ -197,6 +197,10 @@ fn drained(context: &Context, end: impl Fn(&Scene, &Tables) -> Verdict) -> Verdi
         let tables = scene.paged(1, 4)?;
         let pages = vm.pages(PAGES)?;
         map(&tables, pages)?;
+        // Once before, so that every translation is known to the host.
+        begin(&scene)?;
+        vm.settle();
+        equal("STATUS", scene.device.load(register::STATUS, 4)?, 2)?;
         begin(&scene)?;
         for _ in 0..steps {
             vm.step();
