@@ -40,6 +40,7 @@ use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
 use crate::vpci::function::FunctionSpec;
 use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
 use crate::vpci::registry::{DeviceRegistry, DuplicateId};
+use crate::vpci::{EjectError, Ejected};
 
 /// Most virtual CPUs of a partition: Linux's Hyper-V maximum on x86
 /// (docs/spec/hyperv-guest-interface.md, section 7).
@@ -448,6 +449,23 @@ impl Partition {
                 iommu.remove_device(id);
             }
         }
+    }
+
+    /// Asks the guest to let go of a bus (orderly removal, docs/spec/vpci.md, section 8). `done` runs
+    /// once, when it has or has lost the bus otherwise; then, or when patience is at its end (60 s is
+    /// usual: a guest may never answer), the caller takes the bus away with [`Self::remove`]. `done`
+    /// must not call into the partition.
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError`]; `done` does not run then.
+    pub fn eject(&self, instance: &Uuid, done: Ejected) -> Result<(), EjectError> {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        let plugged = buses
+            .iter()
+            .find(|plugged| plugged.bus.config().instance == *instance)
+            .ok_or(EjectError::NoSuchBus)?;
+        plugged.bus.eject(done)
     }
 
     /// Takes a bus away at once, with all its functions (surprise removal). When this returns their

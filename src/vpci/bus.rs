@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use uuid::Uuid;
 
 use super::device_id::LogicalDeviceId;
+use super::ejection::{EjectError, Ejected, Ejection};
 use super::function::{BAR_COUNT, FunctionSpec};
 use super::interrupts::VectorCounters;
 use super::interrupts::handles::{Route, Target};
@@ -159,6 +160,8 @@ pub(super) struct Channel {
     corrupt_rings: u64,
     /// The bus was taken away; it is never opened again.
     removed: bool,
+    /// The guest was asked to let go of the functions.
+    ejection: Option<Ejection>,
 }
 
 impl Channel {
@@ -317,6 +320,30 @@ impl Bus {
         }
     }
 
+    /// Asks the guest to let go of all functions (docs/spec/vpci.md#VP-8-01). `done` runs
+    /// once: when the guest has said so of each, or closes the channel, or the bus is removed or reset;
+    /// at once if the channel is not open. A guest may also never answer: the caller decides how long
+    /// to wait. The bus stays until the caller removes it.
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError::Busy`]; `done` does not run.
+    pub fn eject(&self, done: Ejected) -> Result<(), EjectError> {
+        let mut channel = lock(&self.channel);
+        if channel.ejection.is_some() {
+            return Err(EjectError::Busy);
+        }
+        let ejection = Ejection::new(&self.core, done);
+        if channel.open.is_none() {
+            ejection.finish();
+            return Ok(());
+        }
+        channel.ejection = Some(ejection);
+        drop(channel);
+        self.trigger();
+        Ok(())
+    }
+
     /// Takes the functions away from the guest at once, whatever it is doing (surprise removal,
     /// docs/spec/vpci.md#VP-8-02). When this returns no DMA of theirs is under way or to come, no
     /// interrupt is raised, config window and BARs read all ones, and the ring is not read any
@@ -363,6 +390,12 @@ impl Bus {
         let Some(open) = &mut channel.open else {
             return Ok(false);
         };
+        if let Some(ejection) = &mut channel.ejection
+            && ejection.to_send()
+            && !open.eject(ejection)?
+        {
+            return Ok(false);
+        }
         if !open.reserve()? {
             return Ok(false);
         }
@@ -379,6 +412,10 @@ impl Bus {
             _ if packet.kind == PacketKind::Completion => {}
             Some(payload) if packet.kind == PacketKind::InBand => {
                 protocol.handle(&self.core, payload, replies);
+                let ejected = protocol.take_ejected();
+                if let Some(ejection) = &mut channel.ejection {
+                    ejection.released(ejected);
+                }
             }
             _ => protocol.refuse(replies),
         }
@@ -427,6 +464,21 @@ impl Open {
             replies: Replies::new(limit),
             rooms: None,
         })
+    }
+
+    /// Sends the EJECTs of an ejection. False if there is no room yet: the guest signals when there
+    /// is.
+    fn eject(&mut self, ejection: &mut Ejection) -> Result<bool, RingError> {
+        let ring = &mut self.channel;
+        // In a small ring they may be all the room there is, for requests yet to come.
+        if let Some((relations, completion)) = self.rooms.take() {
+            ring.writer.release(relations);
+            ring.writer.release(completion);
+        }
+        if ejection.send(&mut ring.writer)? {
+            ring.signal.signal();
+        }
+        Ok(!ejection.to_send())
     }
 
     /// Reserves room for the answers of the next request. False if there is none yet: the guest
@@ -510,6 +562,9 @@ impl ChannelDevice for Bus {
             channel.open = None;
         }
         channel.protocol.close(&self.core);
+        if let Some(ejection) = channel.ejection.take() {
+            ejection.finish();
+        }
     }
 
     fn signalled(&self) {
@@ -529,7 +584,11 @@ impl Worker for Bus {
 
     fn process(&self) -> bool {
         let mut channel = lock(&self.channel);
-        match self.step(&mut channel) {
+        let stepped = self.step(&mut channel);
+        if let Some(ejection) = channel.ejection.take_if(|e| e.is_complete()) {
+            ejection.finish();
+        }
+        match stepped {
             Ok(more) => more,
             Err(error) => {
                 // The ring stays stopped until the guest closes the channel: once an opening.

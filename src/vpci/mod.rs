@@ -38,6 +38,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 mod assignment;
 pub mod bus;
 mod config;
+mod ejection;
 pub mod function;
 pub mod interrupts;
 pub mod layout;
@@ -52,6 +53,7 @@ mod window;
 
 pub use crate::device_id::{self, LogicalDeviceId};
 pub use bus::{Bus, BusConfig, BusError, BusHost, BusReport, FunctionReport};
+pub use ejection::{EjectError, Ejected};
 pub use mmio::{MmioError, MmioSpace};
 pub use protocol::ProtocolCounters;
 pub use state::{BusState, FunctionState, RestoreError};

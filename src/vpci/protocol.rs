@@ -99,6 +99,8 @@ pub(crate) struct Protocol {
     version: Option<ProtocolVersion>,
     /// The config window, while the bus is in D0.
     window: Option<MmioRegion>,
+    /// Functions, as bits, that EJECTION_COMPLETE named since [`Self::take_ejected`].
+    ejected: u8,
     pub(crate) counters: ProtocolCounters,
 }
 
@@ -127,6 +129,11 @@ impl Protocol {
     pub(crate) fn close(&mut self, core: &BusCore) {
         self.leave_d0(core);
         self.version = None;
+    }
+
+    /// The functions that the guest has let go of since the last call, as bits.
+    pub(crate) fn take_ejected(&mut self) -> u8 {
+        std::mem::take(&mut self.ejected)
     }
 
     /// Version in force, if negotiated.
@@ -205,7 +212,11 @@ impl Protocol {
             // same shape.
             T::ResourcesReleased | T::EjectionComplete => {
                 let request: wire::SlotMessage = parse(payload)?;
-                core.find(request.slot)?.reset(self.window.is_some());
+                let function = core.find(request.slot)?;
+                function.reset(self.window.is_some());
+                if message == T::EjectionComplete {
+                    self.ejected |= 1 << function.number;
+                }
                 replies.status(Status::Success);
             }
             T::PowerStateChange => {

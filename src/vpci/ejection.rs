@@ -1,0 +1,106 @@
+//! Orderly removal: the guest is asked to let go of a bus's functions
+//! (docs/spec/vpci.md#vpci-8).
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::U32;
+
+use super::protocol::BusCore;
+use crate::hv::vpci as wire;
+use crate::hv::vpci::{MessageType, Slot};
+use crate::vmbus::ring::{RingError, RingWriter};
+
+/// What is to happen when the guest has let go. It runs on the bus's worker, or on the thread that
+/// closes the channel, with the bus's lock held: it must not call into the partition.
+pub type Ejected = Box<dyn FnOnce() + Send>;
+
+/// Why a bus cannot be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EjectError {
+    /// No such bus is plugged in.
+    #[error("no such bus is plugged in")]
+    NoSuchBus,
+    /// The guest has already been asked, and has not answered yet.
+    #[error("the guest has already been asked to let go of this bus")]
+    Busy,
+}
+
+/// An ejection under way: function numbers as bits.
+pub(super) struct Ejection {
+    /// Asked for, but the EJECT is not in the ring yet.
+    unsent: u8,
+    /// Not let go of.
+    held: u8,
+    done: Ejected,
+}
+
+impl fmt::Debug for Ejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ejection")
+            .field("unsent", &self.unsent)
+            .field("held", &self.held)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ejection {
+    /// Of all functions.
+    pub(super) fn new(core: &BusCore, done: Ejected) -> Self {
+        let all = core
+            .functions()
+            .fold(0, |mask, slot| mask | 1 << slot.number);
+        Self {
+            unsent: all,
+            held: all,
+            done,
+        }
+    }
+
+    /// True while EJECTs wait for room in the ring.
+    pub(super) fn to_send(&self) -> bool {
+        self.unsent != 0
+    }
+
+    /// Sends what there is room for; true if the guest is to be signalled.
+    pub(super) fn send(&mut self, writer: &mut RingWriter) -> Result<bool, RingError> {
+        let mut signal = false;
+        while self.unsent != 0 {
+            let Some(room) = writer.reserve(size_of::<wire::SlotMessage>())? else {
+                break;
+            };
+            let number = self.unsent.trailing_zeros() as u8;
+            let slot = Slot {
+                device: 0,
+                function: number,
+            };
+            let message = wire::SlotMessage {
+                message_type: U32::new(MessageType::Eject.code()),
+                slot: U32::new(slot.code()),
+            };
+            signal |= writer.send(room, message.as_bytes())?;
+            self.unsent &= self.unsent - 1;
+        }
+        Ok(signal)
+    }
+
+    /// The guest has let go of functions; an answer to an EJECT that was not sent yet is none.
+    pub(super) fn released(&mut self, functions: u8) {
+        self.held &= !functions | self.unsent;
+    }
+
+    /// True when the guest has let go of all functions.
+    pub(super) fn is_complete(&self) -> bool {
+        self.held == 0
+    }
+
+    /// Tells the one who asked.
+    pub(super) fn finish(self) {
+        (self.done)();
+    }
+}
+
+#[cfg(test)]
+#[path = "ejection_tests.rs"]
+mod tests;
