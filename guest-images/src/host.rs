@@ -15,7 +15,7 @@ pub const HOST_REPORT_VERSION: u32 = 1;
 pub struct HostReport {
     /// [`HOST_REPORT_VERSION`].
     pub version: u32,
-    /// How the run ended: `poweroff`, `reset-limit`, `interrupted` or `error`.
+    /// How the run ended: `poweroff`, `quit`, `reset-limit`, `interrupted` or `error`.
     pub end: String,
     /// Resets the guest asked for.
     pub resets: u32,

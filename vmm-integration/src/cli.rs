@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use regex::Regex;
+use uuid::Uuid;
 
+use crate::api::{EJECT_TIMEOUT_S, MAX_EJECT_TIMEOUT_S};
 use crate::size::parse_memory;
 
 /// Most virtual CPUs: the 8-bit APIC ids without the broadcast id.
@@ -36,6 +38,11 @@ pub(crate) enum Command {
     /// Exit status: 0 the guest powered off, 1 the run failed, 2 the command line asks for
     /// something impossible, 3 the host lacks something.
     Run(RunArgs),
+    /// Ask something of a VM that runs: plug, eject and remove buses, list, pause, resume, quit.
+    ///
+    /// The VM must have been started with `run --api-socket PATH`. Exit status: 0 it is done, 1 it was
+    /// refused, 2 the command line asks for something impossible, 3 no VM answers at the socket.
+    Ctl(CtlArgs),
     /// Say what this host has, what follows from it, and what to do about what is missing.
     ///
     /// Exit status: 0 guests can run here, 3 they cannot.
@@ -113,6 +120,63 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
+/// Options of `ctl`.
+#[derive(Debug, Args)]
+pub(crate) struct CtlArgs {
+    /// Socket of the VM: what its `--api-socket` says.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// Print the reply as JSON, for programs.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What to ask.
+    #[command(subcommand)]
+    pub(crate) verb: CtlVerb,
+}
+
+/// What `ctl` asks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum CtlVerb {
+    /// List the buses with their functions, ids, interrupts, DMA faults.
+    List,
+    /// Plug in the functions of one bus; the guest finds it at once.
+    ///
+    /// Example: vpci-vmm ctl --socket vm.sock plug blk,path=data.img
+    Plug {
+        /// A function, in the form of `run --vpci`; several must give the same bus=GUID.
+        #[arg(value_name = "SPEC", required = true)]
+        specs: Vec<String>,
+    },
+    /// Ask the guest to let go of a bus, and take it away when it has, or when its time is over.
+    Eject {
+        /// Instance GUID of the bus, as `list` shows it.
+        #[arg(value_name = "BUS")]
+        bus: Uuid,
+        /// Do not wait for the guest.
+        #[arg(long)]
+        no_wait: bool,
+        /// Seconds that the guest has.
+        #[arg(long, value_name = "SECONDS", default_value_t = EJECT_TIMEOUT_S,
+              value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_EJECT_TIMEOUT_S)))]
+        timeout: u32,
+    },
+    /// Take a bus away without asking the guest, as if its device were torn out.
+    Remove {
+        /// Instance GUID of the bus, as `list` shows it.
+        #[arg(value_name = "BUS")]
+        bus: Uuid,
+        /// Say that you mean it: data that the guest has not written is lost.
+        #[arg(long, required = true)]
+        surprise: bool,
+    },
+    /// Stop all vCPUs between two instructions.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// End the VM at once, without asking the guest.
+    Quit,
+}
+
 /// Options of `run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -143,6 +207,9 @@ pub(crate) struct RunArgs {
     /// A PCI function; see [`crate::spec`] for the form.
     #[arg(long = "vpci", value_name = "SPEC", help = VPCI_HELP)]
     pub(crate) vpci: Vec<String>,
+    /// Listen for `vpci-vmm ctl` at this path; the socket is for the user alone (mode 0600).
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: Option<PathBuf>,
     /// Write a JSON report of the run to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
@@ -213,6 +280,18 @@ mod tests {
             ("conformance --bed moon", "'--bed <BED>'"),
             ("conformance --filter (", "'--filter <RE>'"),
             ("conformance --format xml", "'--format <FORMAT>'"),
+            ("ctl list", "--socket <PATH>"),
+            ("ctl --socket s fly", "'fly'"),
+            ("ctl --socket s plug", "<SPEC>"),
+            ("ctl --socket s eject x", "'<BUS>'"),
+            (
+                "ctl --socket s eject 56504349-1234-4000-8000-766d2d767063 --timeout 3601",
+                "'--timeout <SECONDS>'",
+            ),
+            (
+                "ctl --socket s remove 56504349-1234-4000-8000-766d2d767063",
+                "--surprise",
+            ),
             ("jump", "'jump'"),
         ] {
             let line = refusal(args);

@@ -4,12 +4,13 @@
 //! plug them in ([`Embedding::new`]), give its CPUID leaves to every vCPU ([`Embedding::cpuid`]),
 //! hand it the exits ([`Embedding::hypercall`], [`Embedding::read_msr`], [`Embedding::write_msr`],
 //! [`Embedding::mmio_read`], [`Embedding::mmio_write`]), and tell it of a reset
-//! ([`Embedding::reset`]).
+//! ([`Embedding::reset`]). While the VM runs, buses come and go ([`Embedding::plug`],
+//! [`Embedding::eject`], [`Embedding::remove`]).
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
@@ -28,15 +29,19 @@ use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
+use vm_vpci::vpci;
 use vm_vpci::vpci::function::PciFunction;
+use vm_vpci::vpci::interrupts::VectorCounters;
+pub(crate) use vm_vpci::vpci::{EjectError as UnplugError, Ejected};
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
+use crate::api::{BusStatus, FunctionStatus, Listing, MachineState};
 use crate::counters;
 use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::Ram;
 use crate::report::{DmaReport, DomainReport, FunctionReport, VectorReport};
-use crate::spec::{Kind, PlacedFunction, domain_hint, logical_id};
+use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
 
 /// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
 /// for every disk queue, up to this many.
@@ -46,8 +51,9 @@ const MAX_WORKER_THREADS: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Functions {
     workers: Arc<EventLoop>,
+    cpus: u8,
     buses: Vec<BusSpec>,
-    disks: Vec<Arc<Blk>>,
+    disks: Vec<Disk>,
     /// Some function is behind the pvIOMMU, so there has to be one.
     iommu: bool,
 }
@@ -62,8 +68,14 @@ impl Functions {
         let threads = NonZeroUsize::MIN.saturating_add(usize::from(cpus));
         let threads = threads.min(NonZeroUsize::MIN.saturating_add(MAX_WORKER_THREADS - 1));
         let workers = EventLoop::new("vpci", threads).map_err(Error::host("threads"))?;
+        Self::on(Arc::new(workers), placed, cpus)
+    }
+
+    /// Makes devices that work on `workers`.
+    fn on(workers: Arc<EventLoop>, placed: &[PlacedFunction], cpus: u8) -> Result<Self, Error> {
         let mut functions = Self {
-            workers: Arc::new(workers),
+            workers,
+            cpus,
             buses: Vec::new(),
             disks: Vec::new(),
             iommu: placed.iter().any(|function| function.iommu),
@@ -97,7 +109,10 @@ impl Functions {
                     id: format!("vpci-{id:08x}"),
                 };
                 let disk = Blk::new(config, &*self.workers).map_err(Error::Disk)?;
-                self.disks.push(disk.clone());
+                self.disks.push(Disk {
+                    bus: placed.bus,
+                    device: disk.clone(),
+                });
                 Ok(disk)
             }
             Kind::Testdev => {
@@ -124,6 +139,13 @@ impl Functions {
     }
 }
 
+/// A disk and its bus.
+#[derive(Debug)]
+struct Disk {
+    bus: Uuid,
+    device: Arc<Blk>,
+}
+
 /// The library inside this VMM.
 #[derive(Debug)]
 pub(crate) struct Embedding {
@@ -132,7 +154,10 @@ pub(crate) struct Embedding {
     msi: Arc<KvmMsiSink>,
     /// In hybrid mode.
     lines: Option<Arc<KvmSintLines>>,
-    disks: Vec<Arc<Blk>>,
+    /// For devices that are plugged in later.
+    workers: Arc<EventLoop>,
+    cpus: u8,
+    disks: Mutex<Vec<Disk>>,
 }
 
 /// What the host's KVM can do, as far as the library has a use for it.
@@ -187,7 +212,7 @@ impl Embedding {
         let partition_host = PartitionHost {
             ram: GuestRam::new(ram),
             msi: msi.clone(),
-            workers: functions.workers,
+            workers: functions.workers.clone(),
             clock: Arc::new(MonotonicClock::default()),
             doorbells,
         };
@@ -208,7 +233,9 @@ impl Embedding {
             features,
             msi,
             lines,
-            disks: functions.disks,
+            workers: functions.workers,
+            cpus: functions.cpus,
+            disks: Mutex::new(functions.disks),
         })
     }
 
@@ -299,10 +326,67 @@ impl Embedding {
         self.partition.reset();
     }
 
+    fn disks(&self) -> MutexGuard<'_, Vec<Disk>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Plugs the functions of one bus in while the VM runs, and gives its instance GUID.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; nothing has changed.
+    pub(crate) fn plug(&self, specs: &[String]) -> Result<Uuid, Error> {
+        let present: Vec<Uuid> = self.partition.buses().iter().map(|b| b.instance).collect();
+        let placed = spec::parse(specs, &present)?;
+        let functions = Functions::on(self.workers.clone(), &placed, self.cpus)?;
+        let Ok([bus]) = <[BusSpec; 1]>::try_from(functions.buses) else {
+            return Err(Error::NotOneBus);
+        };
+        let instance = bus.instance;
+        // Locked first: whoever removes the bus finds its disks.
+        let mut disks = self.disks();
+        self.partition.plug(bus)?;
+        disks.extend(functions.disks);
+        Ok(instance)
+    }
+
+    /// Asks the guest to let go of a bus; `done` is called once when it has, or has lost it.
+    ///
+    /// # Errors
+    ///
+    /// [`UnplugError`].
+    pub(crate) fn eject(&self, bus: &Uuid, done: Ejected) -> Result<(), UnplugError> {
+        self.partition.eject(bus, done)
+    }
+
+    /// Takes a bus away at once.
+    ///
+    /// # Errors
+    ///
+    /// [`UnplugError::NoSuchBus`].
+    pub(crate) fn remove(&self, bus: &Uuid) -> Result<(), UnplugError> {
+        let mut disks = self.disks();
+        if !self.partition.remove(bus) {
+            return Err(UnplugError::NoSuchBus);
+        }
+        disks.retain(|disk| disk.bus != *bus);
+        Ok(())
+    }
+
+    /// What is plugged in.
+    pub(crate) fn list(&self, state: MachineState) -> Listing {
+        let buses = self.partition.buses();
+        Listing {
+            state,
+            buses: buses.iter().map(bus_status).collect(),
+            domains: self.partition.iommu().map(|_| self.domains()),
+        }
+    }
+
     /// Looks at the disks' images again, whose size may have changed.
     pub(crate) fn measure_disks(&self) {
-        for disk in &self.disks {
-            if let Err(error) = disk.resize() {
+        for disk in &*self.disks() {
+            if let Err(error) = disk.device.resize() {
                 log::warn!("a disk keeps its size: {error}");
             }
         }
@@ -312,26 +396,17 @@ impl Embedding {
     pub(crate) fn report(&self) -> Vec<FunctionReport> {
         let mut functions = Vec::new();
         for bus in self.partition.buses() {
-            functions.extend(bus.functions.iter().map(|function| {
-                FunctionReport {
-                    bus: bus.instance.to_string(),
-                    function: function.number,
-                    kind: function.kind.to_owned(),
-                    logical_id: logical_id(bus.instance, function.number),
-                    domain_hint: domain_hint(bus.instance),
-                    vectors: (0..)
-                        .zip(&function.vectors)
-                        .map(|(index, count)| VectorReport {
-                            index,
-                            raised: count.raised,
-                            suppressed: count.suppressed,
-                        })
-                        .collect(),
-                    dma: DmaReport {
-                        faults: function.dma.faults,
-                        last_fault: function.last_fault.map(|fault| fault.to_string()),
-                    },
-                }
+            functions.extend(bus.functions.iter().map(|function| FunctionReport {
+                bus: bus.instance.to_string(),
+                function: function.number,
+                kind: function.kind.to_owned(),
+                logical_id: logical_id(bus.instance, function.number),
+                domain_hint: domain_hint(bus.instance),
+                vectors: vectors(function),
+                dma: DmaReport {
+                    faults: function.dma.faults,
+                    last_fault: function.last_fault.map(|fault| fault.to_string()),
+                },
             }));
         }
         functions
@@ -359,6 +434,42 @@ impl Embedding {
             counters.insert("kvm.sints_lost".into(), lines.lost());
         }
         counters
+    }
+}
+
+fn vectors(function: &vpci::FunctionReport) -> Vec<VectorReport> {
+    let counts = (0..).zip(&function.vectors);
+    let report = |(index, count): (u16, &VectorCounters)| VectorReport {
+        index,
+        raised: count.raised,
+        suppressed: count.suppressed,
+    };
+    counts.map(report).collect()
+}
+
+fn bus_status(bus: &vpci::BusReport) -> BusStatus {
+    let function = |function: &vpci::FunctionReport| FunctionStatus {
+        function: function.number,
+        kind: function.kind.to_owned(),
+        logical_id: logical_id(bus.instance, function.number),
+        iommu: function.iommu != IommuMode::Off,
+        bars: (0..)
+            .zip(function.bars)
+            .filter_map(|(index, gpa)| Some((index, gpa?)))
+            .collect(),
+        live_messages: function.live_messages,
+        vectors: vectors(function),
+        dma_faults: function.dma.faults,
+        last_fault: function.last_fault.map(|fault| fault.to_string()),
+    };
+    BusStatus {
+        bus: bus.instance.to_string(),
+        domain_hint: domain_hint(bus.instance),
+        open: bus.open,
+        version: bus
+            .version
+            .map(|v| format!("{}.{}", v.code() >> 16, v.code() & 0xffff)),
+        functions: bus.functions.iter().map(function).collect(),
     }
 }
 

@@ -7,6 +7,7 @@ use vm_vpci::devices::virtio::BlkError;
 use vm_vpci::kvm::hybrid::HybridError;
 use vm_vpci::partition::{PartitionError, PlugError};
 
+use crate::api::ApiError;
 use crate::image::ImageError;
 use crate::kernel::KernelError;
 use crate::layout::LayoutError;
@@ -46,6 +47,14 @@ pub(crate) enum Error {
     /// A bus cannot be plugged in.
     #[error("--vpci: {0}")]
     Plug(#[from] PlugError),
+    /// Functions that are plugged in together sit on one bus.
+    #[error(
+        "plug takes the functions of one bus at a time, at least one: give all the same bus=GUID"
+    )]
+    NotOneBus,
+    /// The control socket.
+    #[error(transparent)]
+    Api(#[from] ApiError),
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -120,6 +129,8 @@ impl Error {
             | Self::Image { .. }
             | Self::Disk(_)
             | Self::Plug(_)
+            | Self::NotOneBus
+            | Self::Api(_)
             | Self::Kernel(_)
             | Self::Report(_)
             | Self::Layout(_) => 2,

@@ -156,7 +156,7 @@ impl Machine {
     }
 
     /// What the threads share.
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 

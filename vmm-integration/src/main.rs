@@ -4,11 +4,13 @@
 //! plain KVM machine without PCI, PIT and RTC.
 
 mod acpi;
+mod api;
 mod cli;
 mod conformance;
 mod console;
 mod control;
 mod counters;
+mod ctl;
 mod demo;
 mod doctor;
 mod embed;
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
             expect_misbehaviour();
             return ExitCode::from(conformance::conformance(&args));
         }
+        Command::Ctl(args) => return ExitCode::from(ctl::ctl(&args)),
         Command::Doctor(args) => return ExitCode::from(doctor::doctor(&args)),
     };
     match run::run(args) {

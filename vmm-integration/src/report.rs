@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Version of the report's form.
 pub(crate) const VERSION: u32 = 1;
@@ -21,6 +21,8 @@ pub(crate) enum End {
     /// The guest powered the machine off.
     #[serde(rename = "poweroff")]
     PowerOff,
+    /// The user ended the VM through the control socket.
+    Quit,
     /// The guest reset the machine too often.
     ResetLimit,
     /// A signal ended the VMM.
@@ -30,7 +32,7 @@ pub(crate) enum End {
 }
 
 /// Counts of one interrupt vector of a function, since the last reset of the VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VectorReport {
     /// MSI-X table index.
     pub(crate) index: u16,
@@ -50,7 +52,7 @@ pub(crate) struct DmaReport {
 }
 
 /// A domain of the guest's pvIOMMU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DomainReport {
     /// Its number.
     pub(crate) number: u32,
@@ -228,6 +230,7 @@ mod tests {
         );
         assert_eq!(json["counters"]["hypercalls"], 3);
         for (end, name) in [
+            (End::Quit, "quit"),
             (End::ResetLimit, "reset-limit"),
             (End::Interrupted, "interrupted"),
             (End::Error, "error"),

@@ -4,21 +4,22 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::Kvm;
 
+use crate::api::{MachineState, Order, Orders, Server};
 use crate::cli::RunArgs;
 use crate::console::RawTerminal;
 use crate::control::GuestEvent;
 use crate::embed::Functions;
 use crate::error::Error;
-use crate::image;
 use crate::kernel::{self, BootSource};
 use crate::machine::{Machine, MachineConfig};
 use crate::report::{self, End, Report};
 use crate::signals::{Signal, Signals, install_kick_handler};
-use crate::spec::{self, FunctionSpec, Kind, PlacedFunction};
+use crate::spec;
 
 /// Most resets of one run: a guest that cannot boot would reset for ever.
 const MAX_RESETS: u32 = 32;
@@ -30,7 +31,7 @@ const MAX_RESETS: u32 = 32;
 /// [`Error`], with the exit status.
 pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     // First everything that is the user's to get right, before anything is created.
-    let placed = parse_functions(&args.vpci)?;
+    let placed = spec::parse(&args.vpci, &[])?;
     let boot = BootSource {
         kernel: args.kernel,
         initrd: args.initrd,
@@ -40,10 +41,10 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     if let Some(path) = &args.report {
         report::check_path(path)?;
     }
-    check_images(&args.vpci, &placed)?;
 
     let kvm = open_kvm(c"/dev/kvm")?;
-    // Before any thread is started: threads inherit the signal mask.
+    // These two before any thread is started: threads inherit the signal mask.
+    let mut api = args.api_socket.as_deref().map(Server::bind).transpose()?;
     let signals = Signals::take().map_err(Error::host("a signal descriptor"))?;
     install_kick_handler().map_err(Error::host("a signal handler"))?;
     let config = MachineConfig {
@@ -56,8 +57,13 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     let (machine, pump) = Machine::build(&kvm, config, functions)?;
     let mut subscribers =
         EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(|error| event_error(&error))?;
+    let orders = Arc::new(Orders::new().map_err(Error::host("an eventfd"))?);
     subscribers.add_subscriber(Box::new(Wake {
-        fds: vec![signals.as_raw_fd(), machine.shared().control.as_raw_fd()],
+        fds: vec![
+            signals.as_raw_fd(),
+            machine.shared().control.as_raw_fd(),
+            orders.as_raw_fd(),
+        ],
     }));
     subscribers.add_subscriber(Box::new(pump));
 
@@ -65,42 +71,21 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     let outcome = {
         let _terminal = RawTerminal::enter();
         machine.resume();
+        if let Some(api) = &mut api {
+            api.start(machine.shared().clone(), orders.clone())
+                .map_err(Error::host("a thread"))?;
+        }
         let mut wait = || {
             let result = subscribers.run().map(|_| ());
             result.map_err(|error| event_error(&error))
         };
-        drive(&machine, &signals, &mut wait, &mut resets)
+        drive(&machine, &signals, &orders, &mut wait, &mut resets)
     };
     machine.pause();
     if let Some(path) = &args.report {
         write_report(path, &machine, &outcome, resets)?;
     }
-    outcome
-}
-
-fn parse_functions(texts: &[String]) -> Result<Vec<PlacedFunction>, Error> {
-    let specs = texts
-        .iter()
-        .map(|text| {
-            text.parse::<FunctionSpec>().map_err(|source| Error::Spec {
-                spec: text.clone(),
-                source,
-            })
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    spec::place(&specs).map_err(Error::Placement)
-}
-
-fn check_images(texts: &[String], placed: &[PlacedFunction]) -> Result<(), Error> {
-    for (text, function) in texts.iter().zip(placed) {
-        if let Kind::Blk { path, readonly, .. } = &function.kind {
-            image::check(path, *readonly).map_err(|source| Error::Image {
-                spec: text.clone(),
-                source,
-            })?;
-        }
-    }
-    Ok(())
+    outcome.map(drop)
 }
 
 fn open_kvm(path: &std::ffi::CStr) -> Result<Kvm, Error> {
@@ -121,9 +106,11 @@ fn open_kvm(path: &std::ffi::CStr) -> Result<Kvm, Error> {
 fn drive(
     machine: &Machine,
     signals: &Signals,
+    orders: &Orders,
     wait: &mut dyn FnMut() -> Result<(), Error>,
     resets: &mut u32,
-) -> Result<(), Error> {
+) -> Result<End, Error> {
+    let mut state = MachineState::Running;
     loop {
         wait()?;
         while let Some(signal) = signals.next() {
@@ -132,10 +119,29 @@ fn drive(
                 Signal::Reread => machine.shared().embedding.measure_disks(),
             }
         }
+        orders.carry_out(|order| {
+            match order {
+                // A machine that is ending stays so.
+                _ if state == MachineState::Ending => {}
+                Order::Pause => {
+                    machine.pause();
+                    state = MachineState::Paused;
+                }
+                Order::Resume => {
+                    machine.resume();
+                    state = MachineState::Running;
+                }
+                Order::Quit => state = MachineState::Ending,
+            }
+            state
+        });
+        if state == MachineState::Ending {
+            return Ok(End::Quit);
+        }
         let mut reset = false;
         for event in machine.shared().control.take_events() {
             match event {
-                GuestEvent::PowerOff => return Ok(()),
+                GuestEvent::PowerOff => return Ok(End::PowerOff),
                 GuestEvent::Failed(why) => return Err(Error::Guest(why)),
                 GuestEvent::Reset => reset = true,
             }
@@ -150,7 +156,9 @@ fn drive(
             // What other vCPUs asked for meanwhile is void.
             let _ = machine.shared().control.take_events();
             machine.reset()?;
-            machine.resume();
+            if state == MachineState::Running {
+                machine.resume();
+            }
         }
     }
 }
@@ -158,11 +166,11 @@ fn drive(
 fn write_report(
     path: &Path,
     machine: &Machine,
-    outcome: &Result<(), Error>,
+    outcome: &Result<End, Error>,
     resets: u32,
 ) -> Result<(), Error> {
     let end = match outcome {
-        Ok(()) => End::PowerOff,
+        Ok(end) => *end,
         Err(Error::ResetLimit(_)) => End::ResetLimit,
         Err(Error::Interrupted(_)) => End::Interrupted,
         Err(_) => End::Error,
@@ -218,11 +226,11 @@ mod tests {
 
     #[test]
     fn a_wrong_function_is_named_with_its_option() {
-        let error = parse_functions(&["rng".into(), "rng,x=1".into()]).unwrap_err();
+        let error = spec::parse(&["rng".into(), "rng,x=1".into()], &[]).unwrap_err();
         assert_eq!(error.exit_status(), 2);
         assert!(error.to_string().starts_with("--vpci rng,x=1: "), "{error}");
         let twice = vec!["rng,bus=11223344-1234-4000-8000-000000000001".to_owned(); 2];
-        let error = parse_functions(&twice).unwrap_err();
+        let error = spec::parse(&twice, &[]).unwrap_err();
         assert!(
             error.to_string().starts_with("--vpci: two functions"),
             "{error}"

@@ -11,6 +11,9 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
+use crate::error::Error;
+use crate::image;
+
 /// Most `--vpci` options in one run.
 pub(crate) const MAX_FUNCTIONS: usize = 64;
 
@@ -307,21 +310,54 @@ pub(crate) fn logical_id(bus: Uuid, function: u8) -> u32 {
     u32::from(data2) << 16 | u32::from(data3 & 0xfff8) | u32::from(function & 7)
 }
 
-/// Gives every function its bus: the one it names, else one of its own whose GUID depends on the
-/// position only, so that a guest finds the same PCI domains at every start.
+/// Reads SPECs, gives every function its place, and looks at the images, to say what is wrong before
+/// anything is created.
+///
+/// # Errors
+///
+/// [`Error`], naming the SPEC.
+pub(crate) fn parse(texts: &[String], present: &[Uuid]) -> Result<Vec<PlacedFunction>, Error> {
+    let specs = texts
+        .iter()
+        .map(|text| {
+            text.parse::<FunctionSpec>().map_err(|source| Error::Spec {
+                spec: text.clone(),
+                source,
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let placed = place(&specs, present).map_err(Error::Placement)?;
+    for (text, function) in texts.iter().zip(&placed) {
+        if let Kind::Blk { path, readonly, .. } = &function.kind {
+            image::check(path, *readonly).map_err(|source| Error::Image {
+                spec: text.clone(),
+                source,
+            })?;
+        }
+    }
+    Ok(placed)
+}
+
+/// Gives every function its bus, beside the buses that are `present` already: the one it names, else
+/// one of its own whose GUID depends on the position only, so that a guest finds the same PCI domains
+/// at every start.
 ///
 /// # Errors
 ///
 /// [`SpecError`] when two functions have one logical device id, two buses one PCI domain, a bus no
 /// function 0, or when there are more than [`MAX_FUNCTIONS`].
-pub(crate) fn place(specs: &[FunctionSpec]) -> Result<Vec<PlacedFunction>, SpecError> {
-    if specs.len() > MAX_FUNCTIONS {
-        let count = specs.len();
+pub(crate) fn place(
+    specs: &[FunctionSpec],
+    present: &[Uuid],
+) -> Result<Vec<PlacedFunction>, SpecError> {
+    let count = specs.len() + present.len();
+    if count > MAX_FUNCTIONS {
         return Err(SpecError::TooMany { count });
     }
-    let taken: Vec<u16> = specs
-        .iter()
-        .filter_map(|s| s.bus.map(domain_hint))
+    let given = specs.iter().filter_map(|s| s.bus);
+    let taken: Vec<u16> = given
+        .chain(present.iter().copied())
+        .map(domain_hint)
         .collect();
     let mut free = (FIRST_DOMAIN..0x8000).filter(|domain| !taken.contains(domain));
     let placed: Vec<PlacedFunction> = specs
@@ -337,6 +373,16 @@ pub(crate) fn place(specs: &[FunctionSpec]) -> Result<Vec<PlacedFunction>, SpecE
         })
         .collect();
     check(&placed)?;
+    for function in &placed {
+        let domain = domain_hint(function.bus);
+        if let Some(&first) = present.iter().find(|bus| domain_hint(**bus) == domain) {
+            return Err(SpecError::DuplicateDomain {
+                first,
+                second: function.bus,
+                domain,
+            });
+        }
+    }
     Ok(placed)
 }
 
@@ -448,6 +494,20 @@ mod tests {
     }
 
     #[test]
+    fn buses_that_are_present_keep_their_domains() {
+        let present = [default_bus(1), default_bus(2)];
+        let specs = ["rng".parse().unwrap()];
+        let placed = place(&specs, &present).unwrap();
+        assert_eq!(placed[0].bus, default_bus(3));
+        let same = [format!("rng,bus={}", default_bus(2)).parse().unwrap()];
+        let error = place(&same, &present).unwrap_err();
+        assert!(matches!(
+            error,
+            SpecError::DuplicateDomain { domain: 2, .. }
+        ));
+    }
+
+    #[test]
     fn a_bus_guid_needs_a_usable_pci_domain() {
         for bad in [
             "x",
@@ -474,13 +534,13 @@ mod tests {
             parse("rng,bus=11223344-0002-4000-8000-000000000001").unwrap(),
             parse("testdev").unwrap(),
         ];
-        let domains: Vec<u16> = place(&specs)
+        let domains: Vec<u16> = place(&specs, &[])
             .unwrap()
             .iter()
             .map(|f| domain_hint(f.bus))
             .collect();
         assert_eq!(domains, [1, 2, 3]);
-        assert_eq!(place(&specs).unwrap(), place(&specs).unwrap());
+        assert_eq!(place(&specs, &[]).unwrap(), place(&specs, &[]).unwrap());
     }
 
     #[test]
@@ -489,14 +549,14 @@ mod tests {
             parse(&format!("rng,bus={BUS}")).unwrap(),
             parse(&format!("testdev,bus={BUS}")).unwrap(),
         ];
-        let error = place(&twice).unwrap_err();
+        let error = place(&twice, &[]).unwrap_err();
         assert!(error.to_string().contains("0x1234ab78"), "{error}");
         let masked = [
             parse("rng,bus=11223344-1234-ab78-8000-000000000001").unwrap(),
             parse("rng,bus=99223344-1234-ab7f-8000-000000000001").unwrap(),
         ];
         assert!(matches!(
-            place(&masked),
+            place(&masked, &[]),
             Err(SpecError::DuplicateLogicalId { .. })
         ));
         let same_domain = [
@@ -504,27 +564,27 @@ mod tests {
             parse("rng,bus=11223344-1234-ab80-8000-000000000001").unwrap(),
         ];
         assert!(matches!(
-            place(&same_domain),
+            place(&same_domain, &[]),
             Err(SpecError::DuplicateDomain { .. })
         ));
         let lonely = [parse(&format!("rng,bus={BUS},fn=3")).unwrap()];
         assert!(matches!(
-            place(&lonely),
+            place(&lonely, &[]),
             Err(SpecError::NoFunctionZero { .. })
         ));
         let pair = [
             parse(&format!("rng,bus={BUS}")).unwrap(),
             parse(&format!("rng,bus={BUS},fn=3")).unwrap(),
         ];
-        assert!(place(&pair).is_ok());
+        assert!(place(&pair, &[]).is_ok());
     }
 
     #[test]
     fn the_number_of_functions_is_limited() {
         let spec = parse("rng").unwrap();
-        assert!(place(&vec![spec.clone(); MAX_FUNCTIONS]).is_ok());
+        assert!(place(&vec![spec.clone(); MAX_FUNCTIONS], &[]).is_ok());
         assert_eq!(
-            place(&vec![spec; MAX_FUNCTIONS + 1]),
+            place(&vec![spec; MAX_FUNCTIONS + 1], &[]),
             Err(SpecError::TooMany {
                 count: MAX_FUNCTIONS + 1
             })
@@ -548,7 +608,7 @@ mod tests {
                     iommu: false,
                 })
                 .collect();
-            if let Ok(placed) = place(&specs) {
+            if let Ok(placed) = place(&specs, &[]) {
                 let mut ids: Vec<u32> = placed.iter().map(|f| logical_id(f.bus, f.function)).collect();
                 ids.sort_unstable();
                 ids.dedup();

@@ -1,0 +1,220 @@
+//! `vpci-vmm ctl`: one request to a VM that runs, and its reply.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write as _;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use crate::api::{
+    Answer, BusStatus, Ejection, FunctionStatus, Listing, MAX_LINE, MachineState, Reply, Request,
+};
+use crate::cli::{CtlArgs, CtlVerb};
+
+/// Exit status where the VM refuses.
+const REFUSED: u8 = 1;
+/// Exit status where no VM answers.
+const NO_VM: u8 = 3;
+
+/// Carries the command out and gives the exit status.
+pub(crate) fn ctl(args: &CtlArgs) -> u8 {
+    let reply = match ask(&args.socket, &request(&args.verb)) {
+        Ok(reply) => reply,
+        Err(error) => {
+            let socket = args.socket.display();
+            eprintln!(
+                "vpci-vmm: --socket {socket}: {error}: is it the --api-socket of a VM that runs?"
+            );
+            return NO_VM;
+        }
+    };
+    let status = match &reply {
+        Reply::Result(_) => 0,
+        Reply::Error(_) => REFUSED,
+    };
+    if args.json {
+        // The reply came as JSON, so it can be written as such.
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&reply).unwrap_or_default()
+        );
+        return status;
+    }
+    match reply {
+        Reply::Result(answer) => print!("{}", text(&answer)),
+        Reply::Error(refusal) => eprintln!("vpci-vmm: {}", refusal.message),
+    }
+    status
+}
+
+fn request(verb: &CtlVerb) -> Request {
+    match verb {
+        CtlVerb::List => Request::List,
+        CtlVerb::Plug { specs } => Request::Plug {
+            specs: specs.clone(),
+        },
+        CtlVerb::Eject {
+            bus,
+            no_wait,
+            timeout,
+        } => Request::Eject {
+            bus: bus.to_string(),
+            timeout_s: *timeout,
+            wait: !no_wait,
+        },
+        CtlVerb::Remove { bus, .. } => Request::Remove {
+            bus: bus.to_string(),
+        },
+        CtlVerb::Pause => Request::Pause,
+        CtlVerb::Resume => Request::Resume,
+        CtlVerb::Quit => Request::Quit,
+    }
+}
+
+fn ask(socket: &Path, request: &Request) -> io::Result<Reply> {
+    let mut stream = UnixStream::connect(socket)?;
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut reply = String::new();
+    BufReader::new(stream.take(MAX_LINE)).read_line(&mut reply)?;
+    if reply.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(serde_json::from_str(&reply)?)
+}
+
+/// The answer for people.
+fn text(answer: &Answer) -> String {
+    match answer {
+        Answer::List(listing) => listing_text(listing),
+        Answer::Plugged { plugged } => format!("plugged in bus {plugged}\n"),
+        Answer::Removed { removed } => format!("bus {removed} is gone\n"),
+        Answer::State { state } => format!("the machine is {}\n", state_text(*state)),
+        Answer::Ejected { ejected, how } => match how {
+            Ejection::Released => format!("the guest let go of bus {ejected}; it is gone\n"),
+            Ejection::TimedOut => {
+                format!("the guest did not let go of bus {ejected} in time; it is gone\n")
+            }
+            Ejection::Started => format!("the guest has been asked to let go of bus {ejected}\n"),
+        },
+    }
+}
+
+fn state_text(state: MachineState) -> &'static str {
+    match state {
+        MachineState::Running => "running",
+        MachineState::Paused => "paused",
+        MachineState::Ending => "ending",
+    }
+}
+
+fn listing_text(listing: &Listing) -> String {
+    let mut text = format!("the machine is {}\n", state_text(listing.state));
+    // Writing to a string does not fail.
+    let _ = listing
+        .buses
+        .iter()
+        .try_for_each(|bus| write_bus(&mut text, bus));
+    if let Some(domains) = &listing.domains {
+        let _ = writeln!(text, "pvIOMMU: {} domains", domains.len());
+        for domain in domains {
+            let (number, devices, faults) = (domain.number, domain.devices, domain.faults);
+            let _ = writeln!(
+                text,
+                "  domain {number}: {devices} functions, {faults} faults"
+            );
+        }
+    }
+    text
+}
+
+fn write_bus(text: &mut String, bus: &BusStatus) -> std::fmt::Result {
+    let version = match (&bus.version, bus.open) {
+        (Some(version), _) => format!("open, version {version}"),
+        (None, true) => "open".to_owned(),
+        (None, false) => "not open".to_owned(),
+    };
+    writeln!(
+        text,
+        "bus {} (PCI domain {:04x}): {version}",
+        bus.bus, bus.domain_hint
+    )?;
+    bus.functions
+        .iter()
+        .try_for_each(|function| write_function(text, function))
+}
+
+fn write_function(text: &mut String, function: &FunctionStatus) -> std::fmt::Result {
+    let raised: u64 = function.vectors.iter().map(|vector| vector.raised).sum();
+    write!(
+        text,
+        "  function {} {:8} id {:#010x}, {} interrupt messages, {raised} interrupts",
+        function.function, function.kind, function.logical_id, function.live_messages
+    )?;
+    if function.iommu {
+        write!(text, ", behind the pvIOMMU, {} faults", function.dma_faults)?;
+    }
+    writeln!(text)?;
+    for (index, gpa) in &function.bars {
+        writeln!(text, "    BAR {index} at {gpa:#x}")?;
+    }
+    match &function.last_fault {
+        Some(fault) => writeln!(text, "    last fault: {fault}"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::DomainReport;
+
+    #[test]
+    fn a_listing_shows_every_function() {
+        let function = FunctionStatus {
+            function: 0,
+            kind: "blk".into(),
+            logical_id: 0x1234_4000,
+            iommu: true,
+            bars: [(0, 0x1_0000_0000)].into(),
+            live_messages: 2,
+            vectors: Vec::new(),
+            dma_faults: 1,
+            last_fault: Some("read of 0x1000".into()),
+        };
+        let listing = Listing {
+            state: MachineState::Paused,
+            buses: vec![BusStatus {
+                bus: "b".into(),
+                domain_hint: 0x1a2b,
+                open: true,
+                version: Some("1.4".into()),
+                functions: vec![function],
+            }],
+            domains: Some(vec![DomainReport {
+                number: 5,
+                devices: 1,
+                faults: 1,
+            }]),
+        };
+        assert_eq!(
+            text(&Answer::List(listing)),
+            "the machine is paused\n\
+             bus b (PCI domain 1a2b): open, version 1.4\n\
+             \x20 function 0 blk      id 0x12344000, 2 interrupt messages, 0 interrupts, \
+             behind the pvIOMMU, 1 faults\n\
+             \x20   BAR 0 at 0x100000000\n\
+             \x20   last fault: read of 0x1000\n\
+             pvIOMMU: 1 domains\n\
+             \x20 domain 5: 1 functions, 1 faults\n"
+        );
+    }
+
+    #[test]
+    fn no_socket_is_an_error_that_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = ask(&dir.path().join("none"), &Request::List).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+}
