@@ -27,6 +27,55 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Age at which an index is fetched again.
 const INDEX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Has packages on this machine, installing from its own sources those that are missing, and says so
+/// first. Without the right to install: [`Failure::Lacking`] with the command to run.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    let missing: Vec<_> = packages
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(package))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let arguments = ["install", "--yes", "--no-install-recommends"];
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::Lacking(format!(
+            "not installed: {}; run: sudo apt-get {} {}",
+            missing.join(", "),
+            arguments.join(" "),
+            missing.join(" ")
+        ))
+        .into());
+    }
+    require_apt()?;
+    eprintln!("installing from Debian: {}", missing.join(" "));
+    let install = || {
+        let mut command = Command::new("apt-get");
+        command.args(arguments).args(&missing);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command::run_on_stderr(&mut command)
+    };
+    if install().is_ok() {
+        return Ok(());
+    }
+    // The machine's index may be missing or stale. Some of its sources failing is no reason to
+    // stop: what counts is whether the packages can be had then.
+    eprintln!("fetching the package index first");
+    let _ = command::run_on_stderr(Command::new("apt-get").arg("update"));
+    install().map_err(|error| Failure::Lacking(format!("{error:#}")).into())
+}
+
+fn is_installed(package: &str) -> bool {
+    let status = command::output(Command::new("dpkg-query").args([
+        "--show",
+        "--showformat",
+        "${Status}",
+        package,
+    ]));
+    status.is_ok_and(|status| status == "install ok installed")
+}
+
 fn require_apt() -> Result<()> {
     if command::output(Command::new("apt-get").arg("--version")).is_err() {
         let text = "no apt-get: packages can only be fetched on a Debian system";
@@ -305,6 +354,15 @@ mod tests {
             name: "bookworm",
             base: None,
             folder: folder.join("apt"),
+        }
+    }
+
+    #[test]
+    fn what_is_installed_is_not_installed_again() {
+        assert!(!is_installed("no-such-package"));
+        // Part of every Debian system.
+        if is_installed("dpkg") {
+            install(&["dpkg"]).unwrap();
         }
     }
 

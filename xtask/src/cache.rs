@@ -23,6 +23,7 @@ const KINDS: &[Kind] = &[
     Kind::Kernels,
     Kind::Images,
     Kind::Emulators,
+    Kind::Builds,
 ];
 
 /// The kinds of entries.
@@ -38,6 +39,8 @@ pub(crate) enum Kind {
     Images,
     /// What the rig's computer runs on.
     Emulators,
+    /// Source and objects of kernels that are built.
+    Builds,
 }
 
 impl Kind {
@@ -48,6 +51,7 @@ impl Kind {
             Kind::Kernels => "kernels",
             Kind::Images => "images",
             Kind::Emulators => "emulators",
+            Kind::Builds => "builds",
         }
     }
 }

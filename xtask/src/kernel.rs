@@ -1,9 +1,10 @@
-//! Debian's kernels: found by family, fetched, and stored with the modules that guests and the
-//! rig load.
+//! Kernels, found by family and stored with the modules that guests and the rig load: Debian's own,
+//! and one that is built from Debian's source.
 #![forbid(unsafe_code)]
 
 use crate::apt;
 use crate::apt::Suite;
+use crate::built_kernel;
 use crate::cache;
 use crate::cache::Cache;
 use crate::cache::Kind;
@@ -32,13 +33,23 @@ const KEEP_PACKAGES: usize = 24;
 /// Metapackage that depends on the newest kernel of a suite.
 const METAPACKAGE: &str = "linux-image-amd64";
 
+/// What a kernel is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// Debian's packages of kernel and modules.
+    Packages,
+    /// Debian's source with the project's drivers.
+    Source,
+}
+
 /// A line of kernels that the project is tested with; versions are found, not pinned.
 #[derive(Debug)]
 pub(crate) struct Family {
     pub(crate) name: &'static str,
     suite: &'static str,
     /// Start of the versions that belong to it.
-    version: &'static str,
+    pub(crate) version: &'static str,
+    origin: Origin,
     /// What its modules are packed for.
     pub(crate) roles: &'static [Role],
 }
@@ -49,21 +60,33 @@ pub(crate) const FAMILIES: &[Family] = &[
         name: "linux-7",
         suite: "trixie-backports",
         version: "7.",
+        origin: Origin::Packages,
         roles: &[Role::Rig, Role::Guest],
     },
     Family {
         name: "linux-6.12",
         suite: "bookworm-backports",
         version: "6.12.",
+        origin: Origin::Packages,
         roles: &[Role::Guest],
     },
     Family {
         name: "linux-6.1",
         suite: "bookworm",
         version: "6.1.",
+        origin: Origin::Packages,
         roles: &[Role::Guest],
     },
 ];
+
+/// The kernel that has a driver for the pvIOMMU; all else of the rig does without it.
+pub(crate) const BUILT: &Family = &Family {
+    name: "linux-7-pviommu",
+    suite: "trixie-backports",
+    version: "7.",
+    origin: Origin::Source,
+    roles: &[Role::Rig, Role::Guest],
+};
 
 /// Part that a kernel plays: decides which modules its initramfs carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +130,16 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
+    /// The kernel of a family that a cache entry holds.
+    pub(crate) fn stored(family: &'static Family, folder: PathBuf) -> Result<Self> {
+        let release = fs::read_to_string(folder.join("release"))?;
+        Ok(Self {
+            family,
+            release,
+            folder,
+        })
+    }
+
     /// The bzImage.
     pub(crate) fn image(&self) -> PathBuf {
         self.folder.join("vmlinuz")
@@ -142,27 +175,29 @@ impl Kernel {
 
 /// The family of that name.
 pub(crate) fn family(name: &str) -> Result<&'static Family> {
-    FAMILIES
-        .iter()
-        .find(|family| family.name == name)
+    let mut all = FAMILIES.iter().chain([BUILT]);
+    all.find(|family| family.name == name)
         .ok_or_else(|| Failure::Usage(format!("no kernel family {name}")).into())
 }
 
 /// Finds the newest kernel of a family and puts it into the cache.
 pub(crate) fn fetch(cache: &Cache, family: &'static Family) -> Result<Kernel> {
     let suite = Suite::open(cache, family.suite)?;
-    match fetch_from(cache, family, &suite) {
+    if family.origin == Origin::Source {
+        return built_kernel::fetch(cache, family, &suite);
+    }
+    match fetch_packaged(cache, family, &suite) {
         Ok(kernel) => Ok(kernel),
         // The archive drops a version when the next one appears: look again, once.
         Err(error) => {
             eprintln!("{}: {error:#}; trying with a fresh index", family.name);
             suite.refresh()?;
-            fetch_from(cache, family, &suite)
+            fetch_packaged(cache, family, &suite)
         }
     }
 }
 
-fn fetch_from(cache: &Cache, family: &'static Family, suite: &Suite<'_>) -> Result<Kernel> {
+fn fetch_packaged(cache: &Cache, family: &'static Family, suite: &Suite<'_>) -> Result<Kernel> {
     let in_family = |package: &Package| package.version.starts_with(family.version);
     let Some(metapackage) = suite.newest(METAPACKAGE, in_family)? else {
         let (version, suite) = (family.version, family.suite);
@@ -196,12 +231,7 @@ fn fetch_from(cache: &Cache, family: &'static Family, suite: &Suite<'_>) -> Resu
     })?;
     cache.prune(Kind::Kernels, &format!("{}-", family.name), KEEP_KERNELS)?;
     cache.prune(Kind::Packages, "", KEEP_PACKAGES)?;
-    let release = fs::read_to_string(folder.join("release"))?;
-    Ok(Kernel {
-        family,
-        release,
-        folder,
-    })
+    Kernel::stored(family, folder)
 }
 
 /// `first` and, transitively, the packages it depends on in one exact version. Debian builds a
@@ -437,6 +467,7 @@ mod tests {
 
     #[test]
     fn families_have_distinct_names_and_the_first_can_run_the_rig() {
+        assert!(FAMILIES.iter().all(|family| family.name != BUILT.name));
         for (index, family) in FAMILIES.iter().enumerate() {
             assert!(
                 FAMILIES[..index]

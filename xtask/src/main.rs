@@ -9,6 +9,7 @@
 
 mod apt;
 mod binaries;
+mod built_kernel;
 mod cache;
 mod ci;
 mod command;
@@ -39,6 +40,8 @@ enum Task {
     Ci(ci::Options),
     /// Fetch the guest kernels from Debian and pack their initramfs archives.
     Images,
+    /// Build the kernel with the project's drivers from Debian's source.
+    Kernel,
     /// Run test scenarios: guests of the reference VMM on the KVM of an emulated host.
     Rig(rig::Options),
     /// Break the library in one place at a time, and demand that a conformance check notices.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let result = match cli.task {
         Task::Ci(options) => ci::run(&options),
         Task::Images => images::run(),
+        Task::Kernel => built_kernel::run(),
         Task::Rig(options) => rig::run(&options),
         Task::Mutants(options) => mutants::run(&options),
         Task::CleanCache => cache::clean(),
