@@ -35,6 +35,10 @@ pub struct HostMark {
     pub id: u8,
     /// The functions then.
     pub functions: Vec<HostFunction>,
+    /// Exits of vCPUs to the VMM since the start.
+    pub exits: u64,
+    /// Flushes of device domains since the start: calls, and elements of calls with a list.
+    pub flushes: u64,
 }
 
 /// One function as the VMM counts it.
@@ -52,6 +56,15 @@ pub struct HostFunction {
     pub domain_hint: u16,
     /// MSI-X vectors.
     pub vectors: Vec<HostVector>,
+    /// Its DMA.
+    pub dma: HostDma,
+}
+
+/// DMA of a function as the VMM counts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostDma {
+    /// Accesses that did not translate.
+    pub faults: u64,
 }
 
 /// One MSI-X vector as the VMM counts it.
@@ -93,17 +106,18 @@ mod tests {
     const TEXT: &str = r#"{"version":1,"end":"poweroff","resets":0,"extra":{},
         "functions":[{"bus":"11111111-1234-4000-8000-000000000001","function":0,"kind":"blk",
             "logical_id":305419896,"domain_hint":4660,"generation":4,
-            "vectors":[{"index":0,"raised":1,"suppressed":0}]}],
-        "marks":[{"id":1,"functions":[]},{"id":1,"functions":[
+            "vectors":[{"index":0,"raised":1,"suppressed":0}],"dma":{"faults":3,"last_fault":"text"}}],
+        "marks":[{"id":1,"functions":[],"exits":5,"flushes":1},{"id":1,"functions":[
             {"bus":"11111111-1234-4000-8000-000000000001","function":0,"kind":"blk",
             "logical_id":305419896,"domain_hint":4660,
-            "vectors":[{"index":0,"raised":1,"suppressed":0},{"index":1,"raised":9,"suppressed":0}]}]}],
+            "vectors":[{"index":0,"raised":1,"suppressed":0},{"index":1,"raised":9,"suppressed":0}],"dma":{"faults":0,"last_fault":null}}],"exits":9,"flushes":2}],
         "counters":{"hypercalls":12}}"#;
 
     #[test]
     fn a_report_parses_and_unknown_fields_are_ignored() {
         let report: HostReport = serde_json::from_str(TEXT).unwrap();
         assert_eq!(report.functions[0].domain_hint, 0x1234);
+        assert_eq!(report.functions[0].dma.faults, 3);
         assert_eq!(report.counters["hypercalls"], 12);
     }
 

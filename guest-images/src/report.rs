@@ -52,6 +52,10 @@ pub struct GuestReport {
     pub grows: Vec<GrowReport>,
     /// Unbind and bind cycles of bus drivers.
     pub rebinds: Vec<RebindReport>,
+    /// DMA that test devices were told to do.
+    pub dma: Vec<DmaReport>,
+    /// Benchmarks of DMA mappings.
+    pub maps: Vec<MapReport>,
     /// Interrupt vectors of all functions at the end.
     pub vectors: Vec<VectorCounts>,
     /// The kernel log's noteworthy lines.
@@ -84,6 +88,9 @@ pub struct PciFunctionReport {
     pub msix_vectors: u32,
     /// Instance GUID of the VMBus device that the root bus belongs to.
     pub vmbus_device: Option<String>,
+    /// Type of the default domain of its IOMMU group, in the words of sysfs; `None` where the
+    /// kernel knows no IOMMU of it.
+    pub domain: Option<String>,
 }
 
 /// What happened on one disk.
@@ -253,6 +260,149 @@ pub struct RebindReport {
     pub verified: u64,
 }
 
+/// One job of a test device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DmaReport {
+    /// PCI function of the device.
+    pub address: PciAddress,
+    /// Who ordered it.
+    pub owner: DmaOwner,
+    /// What was done.
+    pub test: DmaTest,
+    /// What the device and memory showed at its end.
+    pub result: DmaResult,
+}
+
+/// Who has a test device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DmaOwner {
+    /// Its driver, behind the DMA API.
+    Driver,
+    /// User space, by VFIO.
+    User,
+}
+
+impl DmaOwner {
+    /// The word in messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Driver => "driver",
+            Self::User => "user",
+        }
+    }
+}
+
+/// What a test device is told to do; the words are those of its driver
+/// (`guest-images/linux/testdev.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DmaTest {
+    /// A copy between two mapped buffers.
+    Copy,
+    /// A write to a page that was never mapped.
+    StrayWrite,
+    /// A read of such a page.
+    StrayRead,
+    /// A write to a page that is mapped for reading only.
+    ReadOnly,
+    /// A write to a page that was mapped.
+    Stale,
+}
+
+impl DmaTest {
+    /// Every test.
+    pub const ALL: [Self; 5] = [
+        Self::Copy,
+        Self::StrayWrite,
+        Self::StrayRead,
+        Self::ReadOnly,
+        Self::Stale,
+    ];
+
+    /// The driver's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::StrayWrite => "stray-write",
+            Self::StrayRead => "stray-read",
+            Self::ReadOnly => "read-only",
+            Self::Stale => "stale",
+        }
+    }
+
+    /// Whether an IOMMU must refuse it.
+    pub fn must_fault(self) -> bool {
+        self != Self::Copy
+    }
+}
+
+/// One run of the kernel's benchmark of DMA mappings, with one thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MapReport {
+    /// PCI function that the mappings were for.
+    pub address: PciAddress,
+    /// Pages of a mapping.
+    pub pages: u32,
+    /// Length of the benchmark.
+    pub seconds: u32,
+    /// Average time of a map in nanoseconds; the kernel counts in units of 100.
+    pub map_ns: u64,
+    /// Average time of an unmap.
+    pub unmap_ns: u64,
+    /// Mark written at its start.
+    pub begin: u8,
+    /// Mark written at its end.
+    pub end: u8,
+}
+
+/// End of a job as the driver reports it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DmaResult {
+    /// The device's register `ERROR`: 0 none, 2 a DMA fault.
+    pub error: u32,
+    /// Bytes moved.
+    pub moved: u64,
+    /// I/O virtual address of the block that could not be moved.
+    pub fault: u64,
+    /// Where the job was sent.
+    pub iova: u64,
+    /// Whether memory holds what it must: after a copy the data, else what it held before.
+    pub intact: bool,
+}
+
+/// `ERROR` of a job that met a DMA fault.
+pub const DMA_FAULT: u32 = 2;
+
+impl std::str::FromStr for DmaResult {
+    type Err = String;
+
+    /// Reads the driver's line, `error=E moved=N fault=0xA iova=0xI intact=B`.
+    fn from_str(line: &str) -> Result<Self, String> {
+        let words = crate::scenario::words(line);
+        let number = |key: &str| {
+            let text = *words
+                .get(key)
+                .ok_or_else(|| format!("{line:?}: no {key}"))?;
+            match text.strip_prefix("0x") {
+                Some(digits) => u64::from_str_radix(digits, 16),
+                None => text.parse(),
+            }
+            .map_err(|_| format!("{line:?}: {key} is no number"))
+        };
+        Ok(Self {
+            error: u32::try_from(number("error")?).map_err(|_| format!("{line:?}: error"))?,
+            moved: number("moved")?,
+            fault: number("fault")?,
+            iova: number("iova")?,
+            intact: number("intact")? == 1,
+        })
+    }
+}
+
 /// The kernel log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -281,4 +431,49 @@ pub struct KmsgLine {
     pub time_us: u64,
     /// The text, at most 300 bytes of it.
     pub text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_s_line_gives_a_result_or_an_error() {
+        let line = "error=2 moved=0 fault=0xffffe000 iova=0xffffe000 intact=1";
+        let result: DmaResult = line.parse().unwrap();
+        assert_eq!(
+            result,
+            DmaResult {
+                error: DMA_FAULT,
+                moved: 0,
+                fault: 0xffff_e000,
+                iova: 0xffff_e000,
+                intact: true,
+            }
+        );
+        assert!(
+            !line
+                .replace("intact=1", "intact=0")
+                .parse::<DmaResult>()
+                .unwrap()
+                .intact
+        );
+        for bad in [
+            "",
+            "error=2 moved=0 fault=0x0 iova=0x0",
+            "error=4294967296 moved=0 fault=0x0 iova=0x0 intact=1",
+            "error=-1 moved=0 fault=0x0 iova=0x0 intact=1",
+            "error=0 moved=0 fault=0xg iova=0x0 intact=1",
+        ] {
+            assert!(bad.parse::<DmaResult>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_tests_are_those_of_their_json() {
+        for test in DmaTest::ALL {
+            let json = serde_json::to_value(test).unwrap();
+            assert_eq!(json, test.as_str());
+        }
+    }
 }

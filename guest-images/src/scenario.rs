@@ -61,9 +61,43 @@ pub struct Run {
     /// Value of the VMM's `--hyperv` option; `None` leaves the option out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hyperv: Option<String>,
+    /// Type of IOMMU domain that the guest's kernel must have put each function behind the
+    /// pvIOMMU into; `None` where the kernel has no driver for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<Domain>,
     /// Seconds from the start of the VMM to its exit. The guest's own watchdog ends it a little
     /// earlier, so that a stuck guest still says where it stuck.
     pub time_limit_s: u64,
+}
+
+/// Types of default domains of Linux' DMA API (`drivers/iommu/iommu.c`, iommu_group_show_type).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Domain {
+    /// Translated; each unmap waits for its flush.
+    #[serde(rename = "DMA")]
+    Strict,
+    /// Translated; unmaps are flushed together, later.
+    #[serde(rename = "DMA-FQ")]
+    Lazy,
+    /// An I/O virtual address is a guest physical address.
+    #[serde(rename = "identity")]
+    Identity,
+}
+
+impl Domain {
+    /// The word in sysfs, in the file `type` of an IOMMU group.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Domain::Strict => "DMA",
+            Domain::Lazy => "DMA-FQ",
+            Domain::Identity => "identity",
+        }
+    }
+
+    /// Whether DMA reaches mapped memory only.
+    pub fn translates(self) -> bool {
+        self != Domain::Identity
+    }
 }
 
 /// A PCI function of a run.
@@ -87,6 +121,9 @@ pub enum Function {
         /// MiB by which the disk grows when the guest is ready for it; 0 keeps its size.
         #[serde(default)]
         grow_mib: u32,
+        /// Whether it is behind the pvIOMMU.
+        #[serde(default)]
+        iommu: bool,
     },
     /// A virtio-rng entropy source.
     Rng {
@@ -95,6 +132,20 @@ pub enum Function {
         /// PCI function number on that bus, 0 to 7.
         #[serde(default)]
         function: u8,
+        /// Whether it is behind the pvIOMMU.
+        #[serde(default)]
+        iommu: bool,
+    },
+    /// The DMA test device.
+    Testdev {
+        /// Instance GUID of the vPCI bus.
+        bus: Uuid,
+        /// PCI function number on that bus, 0 to 7.
+        #[serde(default)]
+        function: u8,
+        /// Whether it is behind the pvIOMMU.
+        #[serde(default)]
+        iommu: bool,
     },
 }
 
@@ -102,14 +153,27 @@ impl Function {
     /// Instance GUID of the vPCI bus the function sits on.
     pub fn bus(&self) -> Uuid {
         match self {
-            Function::Blk { bus, .. } | Function::Rng { bus, .. } => *bus,
+            Function::Blk { bus, .. }
+            | Function::Rng { bus, .. }
+            | Function::Testdev { bus, .. } => *bus,
         }
     }
 
     /// PCI function number on the bus.
     pub fn number(&self) -> u8 {
         match self {
-            Function::Blk { function, .. } | Function::Rng { function, .. } => *function,
+            Function::Blk { function, .. }
+            | Function::Rng { function, .. }
+            | Function::Testdev { function, .. } => *function,
+        }
+    }
+
+    /// Whether it is behind the pvIOMMU.
+    pub fn iommu(&self) -> bool {
+        match self {
+            Function::Blk { iommu, .. }
+            | Function::Rng { iommu, .. }
+            | Function::Testdev { iommu, .. } => *iommu,
         }
     }
 
@@ -123,6 +187,7 @@ impl Function {
         match self {
             Function::Blk { .. } => Kind::Blk,
             Function::Rng { .. } => Kind::Rng,
+            Function::Testdev { .. } => Kind::Testdev,
         }
     }
 
@@ -177,6 +242,13 @@ pub enum Mode {
     /// Unbind and bind of the vPCI bus driver with a check after each, [`Run::repeat`] times,
     /// then what [`Mode::Short`] does.
     Rebind,
+    /// Orderly and stray DMA of every test device, then what [`Mode::Short`] does.
+    Dma,
+    /// Each test device handed to user space by VFIO for such DMA, and back, twice; then what
+    /// [`Mode::Short`] does.
+    VfioUser,
+    /// The kernel's benchmark of DMA mappings on each test device, then what [`Mode::Short`] does.
+    MapBenchmark,
 }
 
 impl Mode {
@@ -187,16 +259,31 @@ impl Mode {
             Mode::Short => "short",
             Mode::Reboot => "reboot",
             Mode::Rebind => "rebind",
+            Mode::Dma => "dma",
+            Mode::VfioUser => "vfio-user",
+            Mode::MapBenchmark => "map-benchmark",
         }
     }
 }
+
+/// Times that a test device is handed to user space in [`Mode::VfioUser`].
+pub const VFIO_CYCLES: usize = 2;
 
 impl FromStr for Mode {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Mode::Full, Mode::Short, Mode::Reboot, Mode::Rebind]
-            .into_iter()
+        let modes = [
+            Mode::Full,
+            Mode::Short,
+            Mode::Reboot,
+            Mode::Rebind,
+            Mode::Dma,
+            Mode::VfioUser,
+            Mode::MapBenchmark,
+        ];
+        let mut modes = modes.into_iter();
+        modes
             .find(|mode| mode.as_str() == text)
             .ok_or_else(|| format!("vpci.mode={text}: no such mode"))
     }
@@ -445,15 +532,23 @@ mod tests {
                     queues: 2,
                     readonly: false,
                     grow_mib: 8,
+                    iommu: true,
                 },
                 Function::Rng {
                     bus: "11111111-0042-4000-8000-000000000002".parse().unwrap(),
                     function: 3,
+                    iommu: false,
+                },
+                Function::Testdev {
+                    bus: "11111111-0043-4000-8000-000000000003".parse().unwrap(),
+                    function: 0,
+                    iommu: true,
                 },
             ],
             mode: Mode::Full,
             repeat: 0,
             hyperv: None,
+            domain: Some(Domain::Lazy),
             time_limit_s: 120,
         }
     }

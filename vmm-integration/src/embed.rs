@@ -423,6 +423,12 @@ impl Embedding {
         domains.collect()
     }
 
+    /// Flushes of device domains: calls, and elements of calls with a list.
+    pub(crate) fn flushes(&self) -> u64 {
+        let counters = self.partition.iommu().map(|iommu| iommu.counters);
+        counters.map_or(0, |counters| counters.flushes + counters.flushed_ranges)
+    }
+
     /// The library's counters by name.
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());

@@ -1,6 +1,7 @@
 //! The machine: KVM's VM, its RAM and vCPUs, and what happens to all of them at once.
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -106,6 +107,7 @@ impl Machine {
             ports,
             embedding,
             marks: Marks::default(),
+            exits: AtomicU64::new(0),
             entry: Mutex::new(Entry::default()),
         });
         let mut machine = Self {

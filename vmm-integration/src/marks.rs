@@ -3,19 +3,18 @@
 
 use std::sync::{Mutex, MutexGuard};
 
-use crate::report::{FunctionReport, MAX_MARKS, Mark};
+use crate::report::{MAX_MARKS, Mark};
 
 /// The marks of a run, at most [`MAX_MARKS`].
 #[derive(Debug, Default)]
 pub(crate) struct Marks(Mutex<Vec<Mark>>);
 
 impl Marks {
-    /// Notes a mark with the functions' counts, unless there are too many already.
-    pub(crate) fn add(&self, id: u8, functions: impl FnOnce() -> Vec<FunctionReport>) {
+    /// Notes a mark, unless there are too many already.
+    pub(crate) fn add(&self, mark: impl FnOnce() -> Mark) {
         let mut marks = self.lock();
         if marks.len() < MAX_MARKS {
-            let functions = functions();
-            marks.push(Mark { id, functions });
+            marks.push(mark());
         }
     }
 
@@ -37,9 +36,14 @@ mod tests {
     fn a_guest_cannot_make_the_report_grow_without_limit() {
         let marks = Marks::default();
         for id in 0..=255 {
-            marks.add(id, Vec::new);
+            marks.add(|| Mark {
+                id,
+                functions: Vec::new(),
+                exits: 0,
+                flushes: 0,
+            });
         }
-        marks.add(7, || panic!("not even looked at"));
+        marks.add(|| panic!("not even looked at"));
         let marks = marks.take();
         assert_eq!((marks.len(), marks[255].id), (MAX_MARKS, 255));
     }

@@ -88,6 +88,10 @@ pub(crate) struct Mark {
     pub(crate) id: u8,
     /// Counts at that moment.
     pub(crate) functions: Vec<FunctionReport>,
+    /// Exits of vCPUs since the start.
+    pub(crate) exits: u64,
+    /// Flushes of device domains since the start: calls, and elements of calls with a list.
+    pub(crate) flushes: u64,
 }
 
 /// The whole report.
@@ -204,6 +208,8 @@ mod tests {
             marks: vec![Mark {
                 id: 7,
                 functions: vec![function],
+                exits: 40,
+                flushes: 5,
             }],
             counters: [("hypercalls".to_owned(), 3)].into(),
         }
@@ -224,6 +230,8 @@ mod tests {
         assert_eq!(json["domains"][0]["number"], 3);
         assert_eq!(json["domains"][0]["faults"], 2);
         assert_eq!(json["marks"][0]["id"], 7);
+        assert_eq!(json["marks"][0]["exits"], 40);
+        assert_eq!(json["marks"][0]["flushes"], 5);
         assert_eq!(
             json["marks"][0]["functions"][0]["vectors"][0]["suppressed"],
             1

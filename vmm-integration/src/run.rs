@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::Kvm;
@@ -176,6 +177,8 @@ fn write_report(
         Err(_) => End::Error,
     };
     let shared = machine.shared();
+    let mut counters = shared.embedding.counters();
+    counters.insert("exits".into(), shared.exits.load(Ordering::Relaxed));
     let report = Report {
         version: report::VERSION,
         end,
@@ -183,7 +186,7 @@ fn write_report(
         functions: shared.embedding.report(),
         domains: shared.embedding.domains(),
         marks: shared.marks.take(),
-        counters: shared.embedding.counters(),
+        counters,
     };
     Ok(report.write(path)?)
 }

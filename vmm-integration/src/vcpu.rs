@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
@@ -15,6 +16,7 @@ use crate::kernel::Entry;
 use crate::long_mode;
 use crate::marks::Marks;
 use crate::ports::PortAction;
+use crate::report::Mark;
 use crate::vcpu_state::{InitialState, VcpuStateError};
 
 /// What all vCPU threads share.
@@ -28,8 +30,22 @@ pub(crate) struct Shared {
     pub(crate) embedding: Embedding,
     /// Moments that the guest marked.
     pub(crate) marks: Marks,
+    /// Exits of all vCPUs.
+    pub(crate) exits: AtomicU64,
     /// Where the boot processor starts; the others wait for it in their initial state.
     pub(crate) entry: Mutex<Entry>,
+}
+
+impl Shared {
+    /// All counts of this moment.
+    fn mark(&self, id: u8) -> Mark {
+        Mark {
+            id,
+            functions: self.embedding.report(),
+            exits: self.exits.load(Ordering::Relaxed),
+            flushes: self.embedding.flushes(),
+        }
+    }
 }
 
 /// One virtual CPU with all its thread needs.
@@ -133,6 +149,7 @@ impl Vcpu {
             }
             Err(error) => return self.failed(format!("KVM_RUN fails: {error}")),
         };
+        shared.exits.fetch_add(1, Ordering::Relaxed);
         match exit {
             VcpuExit::IoOut(port, _) if shared.embedding.is_hypercall_port(port) => {
                 if let Err(error) = shared.embedding.hypercall(&mut self.fd) {
@@ -143,7 +160,7 @@ impl Vcpu {
                 PortAction::None => {}
                 PortAction::PowerOff => return Next::Report(GuestEvent::PowerOff),
                 PortAction::Reset => return Next::Report(GuestEvent::Reset),
-                PortAction::Mark(id) => shared.marks.add(id, || shared.embedding.report()),
+                PortAction::Mark(id) => shared.marks.add(|| shared.mark(id)),
             },
             VcpuExit::IoIn(port, data) => shared.ports.read(port, data),
             VcpuExit::MmioRead(gpa, data) => shared.embedding.mmio_read(gpa, data),

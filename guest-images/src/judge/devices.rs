@@ -20,14 +20,18 @@ pub(super) fn functions(run: &Run, guest: &GuestReport, failures: &mut Vec<Strin
         if seen.kind != function.kind() {
             failures.push(format!("{address}: is {}", seen.kind.as_str()));
         }
-        if seen.driver.as_deref() != Some("virtio-pci") {
+        let (driver, virtio_driver, vectors) = match function {
+            Function::Blk { queues, .. } => {
+                let vectors = queues_used(*queues, run.cpus) + 1;
+                ("virtio-pci", Some("virtio_blk"), vectors)
+            }
+            Function::Rng { .. } => ("virtio-pci", Some("virtio_rng"), 2),
+            Function::Testdev { .. } => ("vpci-testdev", None, 1),
+        };
+        if seen.driver.as_deref() != Some(driver) {
             failures.push(format!("{address}: PCI driver is {:?}", seen.driver));
         }
-        let (driver, vectors) = match function {
-            Function::Blk { queues, .. } => ("virtio_blk", queues_used(*queues, run.cpus) + 1),
-            Function::Rng { .. } => ("virtio_rng", 2),
-        };
-        if seen.virtio_driver.as_deref() != Some(driver) {
+        if seen.virtio_driver.as_deref() != virtio_driver {
             failures.push(format!(
                 "{address}: virtio driver is {:?}",
                 seen.virtio_driver
@@ -252,7 +256,7 @@ pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
             .filter(|function| function.bus().to_string() == *bus)
             .map(|function| match function {
                 Function::Blk { size_mib, .. } => u64::from(*size_mib) * MIB,
-                Function::Rng { .. } => 0,
+                Function::Rng { .. } | Function::Testdev { .. } => 0,
             })
             .sum();
         for cycle in 1..=run.repeat {

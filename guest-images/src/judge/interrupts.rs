@@ -12,17 +12,17 @@ use crate::scenario::{Function, Kind, Mode, PciAddress, Run};
 pub(super) fn vectors(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
     for function in &run.functions {
         let address = function.address();
-        let (queues, grows) = match function {
+        let in_use = match function {
             Function::Blk {
                 queues, grow_mib, ..
-            } => (
-                queues_used(*queues, run.cpus),
-                *grow_mib > 0 && run.mode == Mode::Full,
-            ),
-            Function::Rng { .. } => (1, false),
+            } => {
+                let grows = *grow_mib > 0 && run.mode == Mode::Full;
+                u32::from(!grows)..queues_used(*queues, run.cpus) + 1
+            }
+            Function::Rng { .. } => 1..2,
+            Function::Testdev { .. } => 0..u32::from(run.mode == Mode::Dma),
         };
-        let first = if grows { 0 } else { 1 };
-        for index in first..=queues {
+        for index in in_use {
             let seen = guest
                 .vectors
                 .iter()

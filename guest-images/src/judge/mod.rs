@@ -7,6 +7,7 @@
 
 mod devices;
 mod interrupts;
+mod iommu;
 mod log;
 #[cfg(test)]
 mod tests;
@@ -68,8 +69,12 @@ pub fn failures(evidence: &Evidence<'_>) -> Vec<String> {
             devices::rebinds(evidence.run, guest, &mut failures);
             interrupts::vectors(evidence.run, guest, &mut failures);
             interrupts::phases(evidence.run, guest, &mut failures);
+            iommu::domains(evidence.run, guest, &mut failures);
+            iommu::dma(evidence.run, guest, &mut failures);
             if let Ok(host) = &evidence.host {
                 interrupts::exact(evidence.run, guest, host, &mut failures);
+                iommu::faults(evidence.run, guest, host, &mut failures);
+                iommu::maps(evidence.run, guest, host, &mut failures);
             }
             log::clean(guest, evidence.allow, &mut failures);
         }
@@ -204,6 +209,19 @@ pub fn metrics(evidence: &Evidence<'_>) -> BTreeMap<String, f64> {
             .sum::<u64>();
         put("moves", moves as f64 + moves_under_load as f64);
     }
+    if let (Ok(guest), Ok(host)) = (&evidence.guest, &evidence.host) {
+        for map in &guest.maps {
+            let pages = map.pages;
+            put(&format!("map_{pages}_ns"), map.map_ns as f64);
+            put(&format!("unmap_{pages}_ns"), map.unmap_ns as f64);
+            if let (Some(begin), Some(end)) = (host.mark(map.begin), host.mark(map.end)) {
+                let exits = end.exits.saturating_sub(begin.exits);
+                let flushes = end.flushes.saturating_sub(begin.flushes);
+                put(&format!("exits_{pages}"), exits as f64);
+                put(&format!("flushes_{pages}"), flushes as f64);
+            }
+        }
+    }
     if let Ok(host) = &evidence.host {
         let vectors = host.functions.iter().flat_map(|function| &function.vectors);
         put(
@@ -211,6 +229,8 @@ pub fn metrics(evidence: &Evidence<'_>) -> BTreeMap<String, f64> {
             vectors.map(|vector| vector.raised).sum::<u64>() as f64,
         );
         put("host_marks", host.marks.len() as f64);
+        let faults = host.functions.iter().map(|function| function.dma.faults);
+        put("dma_faults", faults.sum::<u64>() as f64);
     }
     metrics
 }

@@ -1,16 +1,20 @@
 //! Each rule is broken once, on evidence that passes otherwise.
 
+mod iommu;
+
 use super::*;
 use crate::allow::AllowList;
-use crate::host::{HostFunction, HostMark, HostVector};
+use crate::host::{HostDma, HostFunction, HostMark, HostVector};
 use crate::report::*;
-use crate::scenario::{Function, Kind};
+use crate::scenario::{Domain, Function, Kind};
 use std::collections::BTreeMap;
 
 const BLK_BUS: &str = "11111111-1234-4000-8000-000000000001";
 const RNG_BUS: &str = "11111111-0042-4000-8000-000000000002";
+const DEV_BUS: &str = "11111111-0044-4000-8000-000000000003";
 const BLK: &str = "1234:00:00.0";
 const RNG: &str = "0042:00:00.0";
+const DEV: &str = "0044:00:00.0";
 const SIZE: u64 = 64 << 20;
 const GROWTH: u64 = 8 << 20;
 
@@ -34,18 +38,26 @@ fn run(mode: Mode) -> Run {
                 queues: 2,
                 readonly: false,
                 grow_mib: 8,
+                iommu: true,
             },
             Function::Rng {
                 bus: RNG_BUS.parse().unwrap(),
                 function: 0,
+                iommu: false,
+            },
+            Function::Testdev {
+                bus: DEV_BUS.parse().unwrap(),
+                function: 0,
+                iommu: true,
             },
         ],
         mode,
         repeat: match mode {
             Mode::Reboot | Mode::Rebind => 2,
-            Mode::Full | Mode::Short => 0,
+            _ => 0,
         },
         hyperv: None,
+        domain: Some(Domain::Strict),
         time_limit_s: 100,
     }
 }
@@ -71,6 +83,35 @@ fn function(address: &str, kind: Kind, driver: &str, vectors: u32, bus: &str) ->
         virtio_driver: Some(driver.into()),
         msix_vectors: vectors,
         vmbus_device: Some(bus.into()),
+        domain: None,
+    }
+}
+
+/// What good evidence has of each test.
+fn dma(test: DmaTest) -> DmaReport {
+    let fault = |iova| DmaResult {
+        error: DMA_FAULT,
+        moved: 0,
+        fault: iova,
+        iova,
+        intact: true,
+    };
+    let result = match test {
+        DmaTest::Copy => DmaResult {
+            error: 0,
+            moved: 4096,
+            fault: 0,
+            iova: 0xffff_0000,
+            intact: true,
+        },
+        DmaTest::StrayWrite | DmaTest::StrayRead => fault(0x123_4000),
+        DmaTest::ReadOnly | DmaTest::Stale => fault(0xffff_1000),
+    };
+    DmaReport {
+        address: at(DEV),
+        owner: DmaOwner::Driver,
+        test,
+        result,
     }
 }
 
@@ -103,7 +144,16 @@ fn guest(mode: Mode) -> GuestReport {
         uptime_s: 20.5,
         functions: vec![
             function(RNG, Kind::Rng, "virtio_rng", 2, RNG_BUS),
-            function(BLK, Kind::Blk, "virtio_blk", 3, BLK_BUS),
+            PciFunctionReport {
+                domain: Some("DMA".into()),
+                ..function(BLK, Kind::Blk, "virtio_blk", 3, BLK_BUS)
+            },
+            PciFunctionReport {
+                driver: Some("vpci-testdev".into()),
+                virtio_driver: None,
+                domain: Some("DMA".into()),
+                ..function(DEV, Kind::Testdev, "", 1, DEV_BUS)
+            },
         ],
         disks: vec![DiskReport {
             address: at(BLK),
@@ -155,7 +205,7 @@ fn guest(mode: Mode) -> GuestReport {
         }],
         rebinds: (1..=2)
             .flat_map(|cycle| {
-                [(BLK_BUS, SIZE), (RNG_BUS, 0)].map(|(bus, verified)| RebindReport {
+                [(BLK_BUS, SIZE), (RNG_BUS, 0), (DEV_BUS, 0)].map(|(bus, verified)| RebindReport {
                     cycle,
                     vmbus_device: bus.into(),
                     gone: true,
@@ -165,11 +215,38 @@ fn guest(mode: Mode) -> GuestReport {
                 })
             })
             .collect(),
+        dma: match mode {
+            Mode::Dma => DmaTest::ALL.map(dma).into(),
+            Mode::VfioUser => {
+                let user = |test| DmaReport {
+                    owner: DmaOwner::User,
+                    ..dma(test)
+                };
+                let mut all = vec![dma(DmaTest::Copy); 3];
+                all.extend(DmaTest::ALL.map(user));
+                all.extend(DmaTest::ALL.map(user));
+                all
+            }
+            _ => Vec::new(),
+        },
+        maps: match mode {
+            Mode::MapBenchmark => vec![MapReport {
+                address: at(DEV),
+                pages: 1,
+                seconds: 1,
+                map_ns: 300,
+                unmap_ns: 90_000,
+                begin: 1,
+                end: 2,
+            }],
+            _ => Vec::new(),
+        },
         vectors: vec![
             counts(BLK, 0, &[(0, 1)]),
             counts(BLK, 1, &[(0, 100)]),
             counts(BLK, 2, &[(1, 100)]),
             counts(RNG, 1, &[(0, 10), (1, 10)]),
+            counts(DEV, 0, &[(0, 6)]),
         ],
         kmsg: KmsgReport {
             records: 500,
@@ -202,6 +279,7 @@ fn host_functions(blk: [u64; 3], rng: [u64; 2]) -> Vec<HostFunction> {
             logical_id: 1,
             domain_hint: 0x1234,
             vectors: vectors(&blk),
+            dma: HostDma::default(),
         },
         HostFunction {
             bus: RNG_BUS.parse().unwrap(),
@@ -210,6 +288,16 @@ fn host_functions(blk: [u64; 3], rng: [u64; 2]) -> Vec<HostFunction> {
             logical_id: 2,
             domain_hint: 0x42,
             vectors: vectors(&rng),
+            dma: HostDma::default(),
+        },
+        HostFunction {
+            bus: DEV_BUS.parse().unwrap(),
+            function: 0,
+            kind: Kind::Testdev,
+            logical_id: 3,
+            domain_hint: 0x44,
+            vectors: vectors(&[0]),
+            dma: HostDma::default(),
         },
     ]
 }
@@ -229,13 +317,23 @@ fn host(mode: Mode) -> HostReport {
         version: 1,
         end: "poweroff".into(),
         resets: if mode == Mode::Reboot { 2 } else { 0 },
-        functions: host_functions([1, 100, 100], [0, 20]),
+        functions: {
+            let mut functions = host_functions([1, 100, 100], [0, 20]);
+            functions[2].dma.faults = match mode {
+                Mode::Dma => 4,
+                Mode::VfioUser => 8,
+                _ => 0,
+            };
+            functions
+        },
         marks: counts
             .into_iter()
             .zip(1..)
             .map(|((blk, rng), id)| HostMark {
                 id,
                 functions: host_functions(blk, rng),
+                exits: 10_100 * u64::from(id),
+                flushes: 10_000 * u64::from(id),
             })
             .collect(),
         counters: BTreeMap::new(),
@@ -291,7 +389,15 @@ fn breaks(mode: Mode, word: &str, change: impl FnOnce(&mut Case)) {
 
 #[test]
 fn good_evidence_passes_in_every_mode() {
-    for mode in [Mode::Full, Mode::Short, Mode::Reboot, Mode::Rebind] {
+    for mode in [
+        Mode::Full,
+        Mode::Short,
+        Mode::Reboot,
+        Mode::Rebind,
+        Mode::Dma,
+        Mode::VfioUser,
+        Mode::MapBenchmark,
+    ] {
         assert_eq!(judge(case(mode)), Vec::<String>::new(), "{mode:?}");
     }
 }
@@ -530,7 +636,7 @@ fn phases_must_cover_every_cpu_and_make_interrupts() {
         // Nor did the host raise one.
         c.host.marks[7] = HostMark {
             id: 8,
-            functions: c.host.marks[6].functions.clone(),
+            ..c.host.marks[6].clone()
         };
     });
 }
@@ -557,7 +663,7 @@ fn guest_and_host_must_count_the_same_on_each_vector() {
         drop(c.host.marks.remove(5))
     });
     breaks(full, "does not list", |c| {
-        drop(c.host.marks[5].functions.pop())
+        drop(c.host.marks[5].functions.remove(1))
     });
     breaks(full, "vector 1 is missing in mark 5", |c| {
         c.host.marks[4].functions[1].vectors.pop();
@@ -578,6 +684,8 @@ fn marks_of_an_earlier_boot_do_not_count() {
     let stale = HostMark {
         id: 1,
         functions: host_functions([9, 9, 9], [9, 9]),
+        exits: 0,
+        flushes: 0,
     };
     case.host.marks.insert(0, stale);
     assert_eq!(judge(case), Vec::<String>::new());
@@ -673,7 +781,7 @@ fn metrics_come_from_both_sides() {
         allow: &allow,
     });
     assert_eq!(metrics["max_latency_us"], 9000.0);
-    assert_eq!(metrics["interrupts"], 221.0);
+    assert_eq!(metrics["interrupts"], 227.0);
     assert_eq!(metrics["host_raised"], 221.0);
     assert_eq!(metrics["moves"], 6.0);
 }

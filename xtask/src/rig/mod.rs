@@ -169,7 +169,7 @@ fn list() -> String {
     let entries = scenarios::all().into_iter();
     let line = |entry: scenarios::Entry| {
         format!(
-            "{:<12}{}\n",
+            "{:<20}{}\n",
             entry.scenario.name, entry.scenario.description
         )
     };

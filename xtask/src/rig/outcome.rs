@@ -95,7 +95,7 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
     for outcome in outcomes {
         let result = word(outcome.pass);
         text += &format!(
-            "{:<16}{result:<6}{:>7.1} s\n",
+            "{:<20}{result:<6}{:>7.1} s\n",
             outcome.scenario, outcome.seconds
         );
         let verdict = outcome.verdict.iter();
@@ -108,7 +108,7 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
         }
         for run in verdict.flat_map(|verdict| &verdict.runs) {
             let result = word(run.pass);
-            text += &format!("  {:<14}{result:<6}{:>7.1} s\n", run.name, run.seconds);
+            text += &format!("  {:<18}{result:<6}{:>7.1} s\n", run.name, run.seconds);
             for failure in &run.failures {
                 text += &format!("    {failure}\n");
             }
@@ -172,7 +172,7 @@ mod tests {
     fn a_verdict_on_all_runs_passes() {
         let outcome = outcome(End::Found(Ok(verdict(&[("1-cpu", true), ("2-cpu", true)]))));
         assert!(outcome.pass);
-        assert!(table(&[outcome]).starts_with("linux-7         pass     30.0 s\n"));
+        assert!(table(&[outcome]).starts_with("linux-7             pass     30.0 s\n"));
     }
 
     #[test]

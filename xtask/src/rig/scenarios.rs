@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::failure::Failure;
+use crate::kernel;
+use guest_images::scenario::Domain;
 use guest_images::scenario::Function;
 use guest_images::scenario::Mode;
 use guest_images::scenario::Run;
@@ -71,6 +73,12 @@ pub(crate) fn all() -> Vec<Entry> {
         required(reboot("linux-7")),
         required(triple_fault("linux-7")),
         required(rebind("linux-7")),
+        optional(pviommu_blk()),
+        optional(pviommu_strict()),
+        optional(pviommu_stray()),
+        optional(pviommu_rebind()),
+        optional(pviommu_vfio_user()),
+        optional(pviommu_map()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -171,6 +179,116 @@ fn rebind(family: &str) -> Scenario {
     )
 }
 
+/// A kernel that has a driver for the pvIOMMU, with every check, behind domains with lazy unmaps.
+fn pviommu_blk() -> Scenario {
+    let run = |cpus| Run {
+        functions: vec![
+            behind_iommu(disk(BUS_A, 0, cpus, GROW_MIB)),
+            behind_iommu(entropy(BUS_B, 0)),
+        ],
+        ..translated(cpus, Mode::Full, Domain::Lazy)
+    };
+    scenario(
+        "pviommu-blk",
+        "disk and entropy source behind translated domains, flushed lazily; 1 and 2 vCPUs",
+        vec![run(1), run(2)],
+    )
+}
+
+/// The same with a flush for each unmap.
+fn pviommu_strict() -> Scenario {
+    let functions = vec![
+        behind_iommu(disk(BUS_A, 0, 2, GROW_MIB)),
+        behind_iommu(entropy(BUS_B, 0)),
+    ];
+    scenario(
+        "pviommu-strict",
+        "the same with a flush for each unmap",
+        vec![Run {
+            functions,
+            ..translated(2, Mode::Full, Domain::Strict)
+        }],
+    )
+}
+
+/// DMA that must fault, between checks of a disk.
+fn pviommu_stray() -> Scenario {
+    scenario(
+        "pviommu-stray",
+        "DMA to pages that are not mapped, read-only or no longer mapped faults and harms nothing",
+        vec![
+            with_testdev("strict", Mode::Dma, Domain::Strict),
+            with_testdev("lazy", Mode::Dma, Domain::Lazy),
+        ],
+    )
+}
+
+/// A function that changes hands.
+fn pviommu_vfio_user() -> Scenario {
+    scenario(
+        "pviommu-vfio-user",
+        "a function handed to user space of the guest by VFIO, with stray DMA, and back, twice",
+        vec![with_testdev("strict", Mode::VfioUser, Domain::Strict)],
+    )
+}
+
+/// What a mapping costs.
+fn pviommu_map() -> Scenario {
+    let run = |name: &str, domain| with_testdev(name, Mode::MapBenchmark, domain);
+    scenario(
+        "pviommu-map",
+        "the kernel's dma_map_benchmark, with exits counted: lazy, strict, passthrough",
+        vec![
+            run("lazy", Domain::Lazy),
+            run("strict", Domain::Strict),
+            run("passthrough", Domain::Identity),
+        ],
+    )
+}
+
+/// A test device and a disk behind the pvIOMMU.
+fn with_testdev(name: &str, mode: Mode, domain: Domain) -> Run {
+    Run {
+        name: name.into(),
+        functions: vec![
+            behind_iommu(disk(BUS_A, 0, 2, 0)),
+            behind_iommu(testdev(BUS_B, 0)),
+        ],
+        ..translated(2, mode, domain)
+    }
+}
+
+/// As [`rebind`]: each bind finds its function in the blocked domain.
+fn pviommu_rebind() -> Scenario {
+    let functions = vec![
+        behind_iommu(disk(BUS_A, 0, 2, 0)),
+        behind_iommu(entropy(BUS_B, 0)),
+    ];
+    scenario(
+        "pviommu-rebind",
+        "unbind and bind of the bus's driver, three times, with translated domains",
+        vec![Run {
+            functions,
+            repeat: 3,
+            ..translated(2, Mode::Rebind, Domain::Strict)
+        }],
+    )
+}
+
+/// A run of the kernel that has a driver for the pvIOMMU.
+fn translated(cpus: u32, mode: Mode, domain: Domain) -> Run {
+    let cmdline = match domain {
+        Domain::Strict => "iommu.strict=1",
+        Domain::Lazy => "iommu.strict=0",
+        Domain::Identity => "iommu.passthrough=1",
+    };
+    Run {
+        cmdline: cmdline.into(),
+        domain: Some(domain),
+        ..run(kernel::BUILT.name, cpus, mode)
+    }
+}
+
 /// The conformance suite with its guests on L1's KVM, which takes part in answering hypercalls or
 /// does not.
 fn conformance(name: &str, hyperv: &str) -> Scenario {
@@ -209,6 +327,7 @@ fn run(family: &str, cpus: u32, mode: Mode) -> Run {
         mode,
         repeat: 0,
         hyperv: Some("user".into()),
+        domain: None,
         time_limit_s: RUN_LIMIT_S,
     }
 }
@@ -222,6 +341,7 @@ fn disk(bus: &str, function: u8, cpus: u32, grow_mib: u32) -> Function {
         queues: cpus as u16,
         readonly: false,
         grow_mib,
+        iommu: false,
     }
 }
 
@@ -229,7 +349,25 @@ fn entropy(bus: &str, function: u8) -> Function {
     Function::Rng {
         bus: guid(bus),
         function,
+        iommu: false,
     }
+}
+
+fn testdev(bus: &str, function: u8) -> Function {
+    Function::Testdev {
+        bus: guid(bus),
+        function,
+        iommu: false,
+    }
+}
+
+fn behind_iommu(mut function: Function) -> Function {
+    match &mut function {
+        Function::Blk { iommu, .. }
+        | Function::Rng { iommu, .. }
+        | Function::Testdev { iommu, .. } => *iommu = true,
+    }
+    function
 }
 
 fn guid(text: &str) -> uuid::Uuid {
@@ -248,7 +386,6 @@ pub(crate) fn scale(scenario: &mut Scenario, factor: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel;
     use std::collections::BTreeSet;
 
     #[test]
@@ -289,10 +426,19 @@ mod tests {
             for run in &scenario.runs {
                 let queues = run.functions.iter().find_map(|function| match function {
                     Function::Blk { queues, .. } => Some(u32::from(*queues)),
-                    Function::Rng { .. } => None,
+                    Function::Rng { .. } | Function::Testdev { .. } => None,
                 });
                 assert!(queues.unwrap() >= run.cpus);
             }
+        }
+    }
+
+    #[test]
+    fn functions_behind_the_pviommu_have_a_kernel_with_its_driver() {
+        for run in all().iter().flat_map(|entry| &entry.scenario.runs) {
+            let behind = run.functions.iter().any(Function::iommu);
+            let built = run.kernel == kernel_file(kernel::BUILT.name);
+            assert_eq!(run.domain.is_some(), behind && built, "{}", run.name);
         }
     }
 

@@ -5,12 +5,12 @@ use crate::marks::{Marker, Span};
 use crate::pci::{self, Found};
 use crate::rng::Rng;
 use crate::system::{self, online_cpus, say, step, write_text};
-use crate::{End, capacity, interrupts, kmsg, load, rebind};
+use crate::{End, capacity, dma, interrupts, kmsg, load, map_benchmark, rebind, vfio_user};
 use anyhow::{Context, Result};
 use guest_images::report::{
-    FAIL_PREFIX, GuestReport, KmsgReport, REPORT_PREFIX, REPORT_VERSION, Work,
+    DmaTest, FAIL_PREFIX, GuestReport, KmsgReport, REPORT_PREFIX, REPORT_VERSION, Work,
 };
-use guest_images::scenario::{GuestParams, Kind, Mode};
+use guest_images::scenario::{GuestParams, Kind, Mode, VFIO_CYCLES};
 use std::time::Duration;
 
 /// Longest wait for the expected functions.
@@ -61,6 +61,8 @@ impl Guest {
             "{loaded} modules loaded; wait for the PCI functions"
         ));
         let mut functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
+        // One for all phases: its marks have numbers of their own.
+        let mut marker = Marker::open(self.params.marks)?;
         let generation = self.check_disks(&functions)?;
         match self.params.mode {
             Mode::Reboot if self.report.boot <= self.params.repeat => return Ok(End::Reset),
@@ -71,9 +73,30 @@ impl Guest {
                 }
                 functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
             }
+            Mode::Dma => {
+                for device in testdevs(&functions) {
+                    self.report.dma.extend(dma::run(device, &DmaTest::ALL)?);
+                }
+            }
+            Mode::VfioUser => {
+                for device in testdevs(&functions) {
+                    for _ in 0..VFIO_CYCLES {
+                        self.report.dma.extend(dma::run(device, &[DmaTest::Copy])?);
+                        self.report.dma.extend(vfio_user::run(device)?);
+                    }
+                    self.report.dma.extend(dma::run(device, &[DmaTest::Copy])?);
+                }
+            }
+            Mode::MapBenchmark => {
+                for device in testdevs(&functions) {
+                    self.report
+                        .maps
+                        .extend(map_benchmark::run(device, &mut marker)?);
+                }
+            }
             Mode::Reboot | Mode::Short | Mode::Full => {}
         }
-        self.count_interrupts(&functions, generation)?;
+        self.count_interrupts(&mut marker, &functions, generation)?;
         Ok(End::PowerOff)
     }
 
@@ -95,11 +118,15 @@ impl Guest {
         Ok(to)
     }
 
-    fn count_interrupts(&mut self, functions: &[Found], generation: u64) -> Result<()> {
+    fn count_interrupts(
+        &mut self,
+        marker: &mut Marker,
+        functions: &[Found],
+        generation: u64,
+    ) -> Result<()> {
         let cpus = online_cpus()?;
         let disks = disks(functions)?;
-        let mut marker = Marker::open(self.params.marks)?;
-        self.one_outstanding(&mut marker, &disks, &cpus, generation, "")?;
+        self.one_outstanding(marker, &disks, &cpus, generation, "")?;
         let mut rngs = Vec::new();
         let mut moves = Vec::new();
         for function in functions
@@ -127,8 +154,8 @@ impl Guest {
                 let report = load::run(disk, generation, &cpus, &mut rngs)?;
                 self.report.loads.push(report);
             }
-            self.grow(&mut marker, &disks, generation)?;
-            self.one_outstanding(&mut marker, &disks, &cpus, generation, " after load")?;
+            self.grow(marker, &disks, generation)?;
+            self.one_outstanding(marker, &disks, &cpus, generation, " after load")?;
         }
         for (rng, moves) in rngs.into_iter().zip(moves) {
             self.report.rngs.push(rng.report(moves));
@@ -222,6 +249,12 @@ fn disk_generation(disk: &Disk, generation: u64) -> Result<u64> {
     Ok(if disk.readonly()? { 0 } else { generation })
 }
 
+fn testdevs(functions: &[Found]) -> impl Iterator<Item = &Found> {
+    functions
+        .iter()
+        .filter(|function| function.kind == Kind::Testdev)
+}
+
 fn disks(functions: &[Found]) -> Result<Vec<Disk>> {
     functions
         .iter()
@@ -245,6 +278,8 @@ fn empty_report() -> GuestReport {
         loads: Vec::new(),
         grows: Vec::new(),
         rebinds: Vec::new(),
+        dma: Vec::new(),
+        maps: Vec::new(),
         vectors: Vec::new(),
         kmsg: KmsgReport {
             records: 0,

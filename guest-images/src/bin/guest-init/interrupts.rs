@@ -46,12 +46,13 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// MSI-X index behind a virtio vector name: vector 0 is the configuration vector, queue *n* has
-/// vector *n* + 1 (`drivers/virtio/virtio_pci_common.c`, vp_find_vqs_msix).
-pub(crate) fn virtio_index(name: &str) -> Option<u32> {
+/// MSI-X index behind a vector's name. Of a virtio function vector 0 is the configuration vector,
+/// queue *n* has vector *n* + 1 (`drivers/virtio/virtio_pci_common.c`, vp_find_vqs_msix); the test
+/// device uses its first one (`guest-images/linux/testdev.c`).
+pub(crate) fn vector_index(name: &str) -> Option<u32> {
     let (_, role) = name.split_once('-')?;
     match role {
-        "config" => Some(0),
+        "config" | "testdev" => Some(0),
         "input" | "virtqueues" => Some(1),
         _ => {
             let queue: u32 = role.strip_prefix("req.")?.parse().ok()?;
@@ -69,7 +70,7 @@ pub(crate) fn vectors(function: &Found) -> Result<Vec<VectorCounts>> {
         .into_iter()
         .filter(|row| irqs.contains(&row.irq))
     {
-        let Some(index) = virtio_index(&row.name) else {
+        let Some(index) = vector_index(&row.name) else {
             bail!(
                 "{}: irq {} has the unknown name {:?}",
                 function.address,
@@ -120,7 +121,7 @@ mod tests {
 
         #[test]
         fn any_name_gives_an_index_or_none(name in "virtio[0-9]-(req\\.|input|config)?[0-9]{0,12}") {
-            let _ = virtio_index(&name);
+            let _ = vector_index(&name);
         }
     }
 
@@ -150,12 +151,13 @@ mod tests {
 
     #[test]
     fn vector_names_give_the_msi_x_index() {
-        assert_eq!(virtio_index("virtio0-config"), Some(0));
-        assert_eq!(virtio_index("virtio12-req.3"), Some(4));
-        assert_eq!(virtio_index("virtio1-input"), Some(1));
-        assert_eq!(virtio_index("virtio1-req.x"), None);
-        assert_eq!(virtio_index("virtio1-req.4294967295"), None);
-        assert_eq!(virtio_index("nvme0q1"), None);
+        assert_eq!(vector_index("virtio0-config"), Some(0));
+        assert_eq!(vector_index("vpci-testdev"), Some(0));
+        assert_eq!(vector_index("virtio12-req.3"), Some(4));
+        assert_eq!(vector_index("virtio1-input"), Some(1));
+        assert_eq!(vector_index("virtio1-req.x"), None);
+        assert_eq!(vector_index("virtio1-req.4294967295"), None);
+        assert_eq!(vector_index("nvme0q1"), None);
     }
 
     #[test]

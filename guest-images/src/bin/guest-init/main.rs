@@ -6,21 +6,25 @@
 //! and prints one verdict line. Both end by powering the machine off, whatever happens: a panic,
 //! an error and a hang each end in a line that says what failed.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod bounded;
 mod capacity;
 mod disk;
+mod dma;
 mod guest;
 mod interrupts;
+mod ioctl;
 mod kmsg;
 mod load;
+mod map_benchmark;
 mod marks;
 mod pci;
 mod rebind;
 mod rig;
 mod rng;
 mod system;
+mod vfio_user;
 mod vmm;
 
 use anyhow::{Context, bail};

@@ -30,6 +30,13 @@ pub(crate) struct Mark {
     counts: Vec<VectorCounts>,
 }
 
+impl Mark {
+    /// The byte that was written.
+    pub(crate) fn id(&self) -> u8 {
+        self.id
+    }
+}
+
 impl Marker {
     /// Opens the port; with `enabled` off, marks are numbered but nobody hears of them.
     pub(crate) fn open(enabled: bool) -> Result<Self> {

@@ -13,6 +13,8 @@ use uuid::Uuid;
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// Vendor id of virtio functions.
 const VIRTIO_VENDOR: u16 = 0x1af4;
+/// Vendor and device id of the DMA test device.
+const TESTDEV: (u32, u32) = (0x1234, 0x5650);
 
 /// A PCI function and what hangs below it.
 #[derive(Clone, Debug)]
@@ -60,6 +62,11 @@ impl Found {
             .collect()
     }
 
+    /// Path of one of its files in sysfs.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
     /// The VMBus device that the function's root bus belongs to.
     pub(crate) fn vmbus_device(&self) -> Option<String> {
         let path = fs::canonicalize(&self.path).ok()?;
@@ -77,7 +84,8 @@ impl Found {
         match self.kind {
             Kind::Blk => bound && self.block().is_some(),
             Kind::Rng => bound,
-            Kind::Testdev | Kind::Other => true,
+            Kind::Testdev => driver(&self.path).is_some(),
+            Kind::Other => true,
         }
     }
 
@@ -92,11 +100,20 @@ impl Found {
             virtio_driver: self.virtio().as_deref().and_then(driver),
             msix_vectors: self.msi_irqs()?.len() as u32,
             vmbus_device: self.vmbus_device(),
+            domain: self.domain(),
         })
+    }
+
+    /// Type of the default domain of its IOMMU group, if it has one.
+    pub(crate) fn domain(&self) -> Option<String> {
+        read_text(self.path.join("iommu_group/type")).ok()
     }
 }
 
 fn kind_of(vendor: u32, device: u32) -> Kind {
+    if (vendor, device) == TESTDEV {
+        return Kind::Testdev;
+    }
     if vendor != u32::from(VIRTIO_VENDOR) {
         return Kind::Other;
     }
@@ -188,7 +205,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn virtio_ids_old_and_new_give_the_kind() {
+    fn ids_give_the_kind() {
+        assert_eq!(kind_of(0x1234, 0x5650), Kind::Testdev);
+        assert_eq!(kind_of(0x1234, 0x11e8), Kind::Other);
         assert_eq!(kind_of(0x1af4, 0x1001), Kind::Blk);
         assert_eq!(kind_of(0x1af4, 0x1042), Kind::Blk);
         assert_eq!(kind_of(0x1af4, 0x1044), Kind::Rng);

@@ -81,7 +81,8 @@ fn command(run: &Run, files: &Files<'_>) -> Command {
 
 /// The value of `--vpci` for a function.
 fn specification(function: &Function, files: &Files<'_>) -> String {
-    let place = format!("bus={},fn={}", function.bus(), function.number());
+    let iommu = if function.iommu() { ",iommu=on" } else { "" };
+    let place = format!("bus={},fn={}{iommu}", function.bus(), function.number());
     match function {
         Function::Blk {
             queues, readonly, ..
@@ -94,6 +95,7 @@ fn specification(function: &Function, files: &Files<'_>) -> String {
             )
         }
         Function::Rng { .. } => format!("rng,{place}"),
+        Function::Testdev { .. } => format!("testdev,{place}"),
     }
 }
 
@@ -312,15 +314,23 @@ mod tests {
                     queues: 2,
                     readonly: true,
                     grow_mib: 0,
+                    iommu: false,
                 },
                 Function::Rng {
                     bus: "11111111-0042-4000-8000-000000000002".parse().unwrap(),
                     function: 1,
+                    iommu: false,
+                },
+                Function::Testdev {
+                    bus: "11111111-0043-4000-8000-000000000003".parse().unwrap(),
+                    function: 0,
+                    iommu: true,
                 },
             ],
             mode: Mode::Full,
             repeat: 0,
             hyperv: Some("user".into()),
+            domain: None,
             time_limit_s: 60,
         }
     }
@@ -343,6 +353,7 @@ mod tests {
             "--vpci blk,path=/scratch/disk-1234-00-00.0,queues=2,\
              bus=11111111-1234-4000-8000-000000000001,fn=0,readonly=on",
             "--vpci rng,bus=11111111-0042-4000-8000-000000000002,fn=1",
+            "--vpci testdev,bus=11111111-0043-4000-8000-000000000003,fn=0,iommu=on",
             "--hyperv user --report /scratch/report.json",
         ] {
             assert!(line.contains(part), "{line}");

@@ -1,0 +1,175 @@
+//! Rules about the pvIOMMU: which domains functions are in, and what stray DMA came to.
+
+#![forbid(unsafe_code)]
+
+use crate::host::HostReport;
+use crate::report::{DMA_FAULT, DmaOwner, DmaReport, DmaResult, DmaTest, GuestReport};
+use crate::scenario::{Domain, Function, Kind, Mode, Run, VFIO_CYCLES};
+
+/// Exits to the VMM in a second of a guest that has nothing to do with devices: console output.
+const EXITS_A_SECOND: u64 = 500;
+
+const NS_PER_S: u64 = 1_000_000_000;
+
+/// Each function behind the pvIOMMU is in a domain of the type that was asked for; no other
+/// function has one.
+pub(super) fn domains(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    for function in &run.functions {
+        let address = function.address();
+        let Some(seen) = guest.functions.iter().find(|seen| seen.address == address) else {
+            // Its absence is a failure of its own.
+            continue;
+        };
+        let asked = run.domain.filter(|_| function.iommu()).map(Domain::as_str);
+        if seen.domain.as_deref() != asked {
+            let seen = &seen.domain;
+            failures.push(format!(
+                "{address}: IOMMU domain is {seen:?}, not {asked:?}"
+            ));
+        }
+    }
+}
+
+/// Each test device did what it was told where that is in order; nothing else reached memory.
+pub(super) fn dma(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    let translated = run.domain.is_some_and(Domain::translates);
+    for function in testdevs(run) {
+        let address = function.address();
+        for (owner, test, times) in asked(run.mode) {
+            let mut fail = |what: String| {
+                let (owner, test) = (owner.as_str(), test.as_str());
+                failures.push(format!("{address}: dma: {test} by {owner}: {what}"));
+            };
+            if test.must_fault() && !(translated && function.iommu()) {
+                fail("there is no translation that could refuse it".into());
+            }
+            let mut seen = 0;
+            for report in reports(guest, function) {
+                if report.owner == owner && report.test == test {
+                    seen += 1;
+                    one_job(test, &report.result, &mut fail);
+                }
+            }
+            if seen != times {
+                fail(format!("{seen} times in the report, not {times}"));
+            }
+        }
+    }
+}
+
+/// Who does which test, and how often, in a mode.
+fn asked(mode: Mode) -> Vec<(DmaOwner, DmaTest, usize)> {
+    let all = |owner, times| DmaTest::ALL.map(|test| (owner, test, times)).to_vec();
+    match mode {
+        Mode::Dma => all(DmaOwner::Driver, 1),
+        Mode::VfioUser => {
+            let mut asked = all(DmaOwner::User, VFIO_CYCLES);
+            asked.push((DmaOwner::Driver, DmaTest::Copy, VFIO_CYCLES + 1));
+            asked
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn one_job(test: DmaTest, result: &DmaResult, fail: &mut impl FnMut(String)) {
+    let DmaResult {
+        error,
+        moved,
+        fault,
+        iova,
+        intact,
+    } = *result;
+    if !intact {
+        fail("memory is not as it must be".into());
+    }
+    if !test.must_fault() {
+        if error != 0 {
+            fail(format!("error {error} at {fault:#x}"));
+        }
+    } else if error != DMA_FAULT || moved != 0 {
+        fail(format!("error {error}, {moved} bytes moved"));
+    } else if fault != iova {
+        fail(format!("fault at {fault:#x}, sent to {iova:#x}"));
+    }
+}
+
+/// Each benchmark of mappings ran, and a map left the guest for nothing: exits are those of unmaps,
+/// one at most for each flush, and a few of everything else that goes on.
+pub(super) fn maps(run: &Run, guest: &GuestReport, host: &HostReport, failures: &mut Vec<String>) {
+    if run.mode != Mode::MapBenchmark {
+        return;
+    }
+    for function in testdevs(run) {
+        let address = function.address();
+        let mut maps = guest.maps.iter().filter(|map| map.address == address);
+        if maps.clone().next().is_none() {
+            failures.push(format!("{address}: no benchmark of mappings"));
+        }
+        for map in &mut maps {
+            let mut fail = |what: String| {
+                failures.push(format!(
+                    "{address}: benchmark of {} pages: {what}",
+                    map.pages
+                ));
+            };
+            let (Some(begin), Some(end)) = (host.mark(map.begin), host.mark(map.end)) else {
+                fail(format!("host lacks mark {} or {}", map.begin, map.end));
+                continue;
+            };
+            let exits = end.exits.saturating_sub(begin.exits);
+            let flushes = end.flushes.saturating_sub(begin.flushes);
+            // Most of the time goes into filling the pages, maps and unmaps: each of these a flush.
+            let strict = run.domain == Some(Domain::Strict) && function.iommu();
+            let pair_ns = map.map_ns + map.unmap_ns;
+            let busy_ns = flushes.saturating_mul(pair_ns);
+            if strict && busy_ns < u64::from(map.seconds) * (NS_PER_S / 10) {
+                fail(format!(
+                    "{flushes} flushes with {pair_ns} ns for a map and unmap"
+                ));
+            }
+            let others = exits.saturating_sub(flushes);
+            let allowed = u64::from(map.seconds + 1) * EXITS_A_SECOND;
+            if others > allowed {
+                fail(format!("{exits} exits with {flushes} flushes"));
+            }
+        }
+    }
+}
+
+/// The host counted the intended faults of test devices and no other.
+pub(super) fn faults(
+    run: &Run,
+    guest: &GuestReport,
+    host: &HostReport,
+    failures: &mut Vec<String>,
+) {
+    for function in &run.functions {
+        let faulted = |report: &&DmaReport| report.result.error == DMA_FAULT;
+        let intended = reports(guest, function).filter(faulted).count() as u64;
+        let (bus, number) = (function.bus(), function.number());
+        let mut all = host.functions.iter();
+        let seen = all.find(|seen| seen.bus == bus && seen.function == number);
+        // A function that the host does not know is a failure of its own.
+        let seen = seen.map_or(intended, |seen| seen.dma.faults);
+        if seen != intended {
+            let address = function.address();
+            failures.push(format!(
+                "{address}: the host counted {seen} DMA faults, not {intended}"
+            ));
+        }
+    }
+}
+
+fn testdevs(run: &Run) -> impl Iterator<Item = &Function> {
+    run.functions
+        .iter()
+        .filter(|function| function.kind() == Kind::Testdev)
+}
+
+fn reports<'a>(guest: &'a GuestReport, function: &Function) -> impl Iterator<Item = &'a DmaReport> {
+    let address = function.address();
+    guest
+        .dma
+        .iter()
+        .filter(move |report| report.address == address)
+}
