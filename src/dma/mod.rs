@@ -93,8 +93,19 @@ impl Dma {
             return Err(DmaError::TooLong { len });
         }
         self.session(|view| {
+            let found = view.slices(iova, len, access)?;
+            if let Some(slice) = found.single() {
+                return Ok(f(std::slice::from_ref(slice)));
+            }
+            let fault = DmaError::Fault {
+                iova,
+                len: len as u64,
+            };
             let mut slices = ArrayVec::<_, MAX_SLICES>::new();
-            view.collect(iova, len, access, &mut slices)?;
+            for slice in found {
+                let slice = slice.map_err(|_| fault)?;
+                slices.try_push(slice).map_err(|_| fault)?;
+            }
             Ok(f(&slices))
         })?
     }

@@ -12,7 +12,7 @@ use super::{DmaCounters, DmaError};
 use crate::mem::{GuestRam, PinnedRam, Snapshot};
 use crate::pviommu::{
     Access, Attachment, BackendError, BackendReport, DeviceBackend, DmaFault, FaultCause,
-    FlushRange, Iotlb, PageTable, PortSettings, Translation, walk,
+    FlushRange, Iotlb, Levels, PageTable, PortSettings, Translation, walk,
 };
 
 /// Takes the messages that a device writes to the interrupt range.
@@ -43,7 +43,7 @@ struct Unit {
 
 impl Gate {
     /// Translates one page of a table. The address and the bytes from there to the page's end.
-    #[inline]
+    #[inline(always)]
     pub(super) fn translate(
         &self,
         table: &PageTable,
@@ -53,7 +53,8 @@ impl Gate {
         let Some(unit) = &self.unit else {
             return Err(FaultCause::Blocked);
         };
-        if iova >> table.levels.width() != 0 {
+        // A tag of the cache holds as many bits. What is too wide for the table is never in it.
+        if iova >> Levels::Five.width() != 0 {
             return Err(FaultCause::Width);
         }
         match unit.iotlb.lookup(iova, access == Access::Write) {
@@ -65,6 +66,7 @@ impl Gate {
 
 impl Unit {
     #[cold]
+    #[inline(never)]
     fn miss(
         &self,
         table: &PageTable,

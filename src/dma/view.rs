@@ -4,12 +4,11 @@
 use std::iter::FusedIterator;
 use std::sync::RwLockReadGuard;
 
-use arrayvec::ArrayVec;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 
 use super::port::{DmaPort, Gate};
-use super::{DmaError, MAX_DMA_LEN, MAX_SLICES};
+use super::{DmaError, MAX_DMA_LEN};
 use crate::mem::{RamMap, Snapshot};
 use crate::pviommu::{Access, DmaFault, FaultCause, Translation, touches_interrupts};
 
@@ -30,37 +29,35 @@ impl<'a> DmaView<'a> {
         Self { port, gate }
     }
 
+    #[inline]
     fn ram(&self) -> &Snapshot {
         &self.gate.ram
     }
 
-    pub(super) fn collect<'s>(
-        &'s self,
+    /// The host memory of an access, in order; recorded if there is none.
+    #[inline]
+    pub(super) fn slices(
+        &self,
         iova: u64,
         len: usize,
         access: Access,
-        slices: &mut ArrayVec<VolatileSlice<'s>, MAX_SLICES>,
-    ) -> Result<(), DmaError> {
-        let fault = DmaError::Fault {
-            iova,
-            len: len as u64,
-        };
-        let translated = self.translate(iova, len, access);
-        for slice in translated.map_err(|()| fault)? {
-            let slice = slice.map_err(|_| fault)?;
-            slices.try_push(slice).map_err(|_| fault)?;
-        }
-        Ok(())
+    ) -> Result<Slices<'_>, DmaError> {
+        self.translate(iova, len, access)
+            .map_err(|()| DmaError::Fault {
+                iova,
+                len: len as u64,
+            })
     }
 
     /// Translates a whole access, or records why it does not translate.
-    #[inline]
+    #[inline(always)]
     fn translate(&self, iova: u64, len: usize, access: Access) -> Result<Slices<'_>, ()> {
         self.resolve(iova, len, access)
             .map_err(|(offset, cause)| self.record(iova, len, access, offset, cause))
     }
 
     #[cold]
+    #[inline(never)]
     fn record(&self, iova: u64, len: usize, access: Access, offset: u64, cause: FaultCause) {
         let fault = DmaFault {
             domain: self.gate.attachment.domain,
@@ -73,7 +70,8 @@ impl<'a> DmaView<'a> {
     }
 
     /// The same without a record. On failure, the offset of the first byte that does not translate.
-    #[inline]
+    // Inlined with what it calls: its result is put into registers, not memory.
+    #[inline(always)]
     fn resolve(
         &self,
         iova: u64,
@@ -114,7 +112,7 @@ impl<'a> DmaView<'a> {
 
     /// Where the first bytes of an access are in guest physical memory, and how many follow each
     /// other there.
-    #[inline]
+    #[inline(always)]
     fn first_run(&self, iova: u64, len: usize, access: Access) -> Result<(u64, usize), FaultCause> {
         match &self.gate.attachment.translation {
             Translation::Blocked => Err(FaultCause::Blocked),
@@ -128,6 +126,7 @@ impl<'a> DmaView<'a> {
 
     /// Checks that each part of an access translates to RAM.
     #[cold]
+    #[inline(never)]
     fn check_runs(&self, iova: u64, len: usize, access: Access) -> Result<(), (u64, FaultCause)> {
         let mut done = 0;
         while done < len {
@@ -150,6 +149,7 @@ impl GuestMemory for DmaView<'_> {
     type PhysicalMemory = RamMap;
     type Bitmap = ();
 
+    #[inline]
     fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
         let mut done = 0;
         // In pieces, because the answer, unlike an access, may be about any length.
@@ -166,6 +166,7 @@ impl GuestMemory for DmaView<'_> {
         true
     }
 
+    #[inline(always)]
     fn get_slices<'s>(
         &'s self,
         addr: GuestAddress,
@@ -178,11 +179,11 @@ impl GuestMemory for DmaView<'_> {
     }
 }
 
+#[inline]
 fn direction(access: Permissions) -> Access {
-    if access.has_write() {
-        Access::Write
-    } else {
-        Access::Read
+    match access {
+        Permissions::Write | Permissions::ReadWrite => Access::Write,
+        Permissions::No | Permissions::Read => Access::Read,
     }
 }
 
@@ -190,7 +191,7 @@ fn direction(access: Permissions) -> Access {
 ///
 /// What does not fit into one slice is translated once more when it is asked for. That finds the
 /// same, unless the guest changes its table during the access: what was taken out then is a fault.
-struct Slices<'s> {
+pub(super) struct Slices<'s> {
     view: &'s DmaView<'s>,
     /// What comes first, if it has been looked up already.
     first: Option<VolatileSlice<'s>>,
@@ -203,7 +204,7 @@ struct Slices<'s> {
 impl<'s> Iterator for Slices<'s> {
     type Item = vm_memory::guest_memory::Result<VolatileSlice<'s>>;
 
-    #[inline]
+    #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
         match self.first.take() {
             Some(slice) => Some(Ok(slice)),
@@ -214,7 +215,14 @@ impl<'s> Iterator for Slices<'s> {
 }
 
 impl<'s> Slices<'s> {
+    /// The memory, if one slice is all of it.
+    #[inline]
+    pub(super) fn single(&self) -> Option<&VolatileSlice<'s>> {
+        self.first.as_ref().filter(|_| self.len == 0)
+    }
+
     #[cold]
+    #[inline(never)]
     fn next_run(&mut self) -> vm_memory::guest_memory::Result<VolatileSlice<'s>> {
         let (view, iova, len) = (self.view, self.iova, self.len);
         let run = view.first_run(iova, len, self.access);
@@ -239,4 +247,15 @@ impl<'s> Slices<'s> {
 
 impl FusedIterator for Slices<'_> {}
 
-impl<'s> GuestMemorySliceIterator<'s, ()> for Slices<'s> {}
+impl<'s> GuestMemorySliceIterator<'s, ()> for Slices<'s> {
+    // What the trait provides peeks, which moves the iterator through memory several times.
+    #[inline(always)]
+    fn stop_on_error(
+        mut self,
+    ) -> vm_memory::guest_memory::Result<impl Iterator<Item = VolatileSlice<'s>>> {
+        if self.first.is_none() && self.len != 0 {
+            self.first = Some(self.next_run()?);
+        }
+        Ok(self.map_while(Result::ok))
+    }
+}

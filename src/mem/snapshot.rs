@@ -15,12 +15,18 @@ use super::{MemError, RamMap};
 #[derive(Debug)]
 struct Region {
     start: u64,
-    /// Guest physical address of the last byte.
-    last: u64,
+    /// Bytes; the sum with `start` does not wrap.
+    len: u64,
     mapping: Arc<MmapRegion>,
 }
 
 impl Region {
+    /// Guest physical address behind the last byte.
+    #[inline]
+    fn end(&self) -> u64 {
+        self.start + self.len
+    }
+
     /// Offset of `gpa`, which is in the region.
     #[inline]
     fn offset(&self, gpa: u64) -> usize {
@@ -40,7 +46,7 @@ impl Snapshot {
     pub(crate) fn new(map: &RamMap) -> Self {
         let regions = map.iter().map(|region| Region {
             start: region.start_addr().0,
-            last: region.last_addr().0,
+            len: region.len(),
             mapping: region.get_mmap(),
         });
         Self {
@@ -50,9 +56,18 @@ impl Snapshot {
 
     #[inline]
     fn find(&self, gpa: u64) -> Option<&Region> {
-        let next = self.regions.partition_point(|region| region.start <= gpa);
-        let region = &self.regions[next.checked_sub(1)?];
-        (gpa <= region.last).then_some(region)
+        let is_in = |region: &&Region| gpa.wrapping_sub(region.start) < region.len;
+        // As most VMs have them: below and above the hole for MMIO.
+        match &*self.regions {
+            few @ ([_] | [_, _] | [_, _, _]) => few.iter().find(is_in),
+            many => Self::search(many, gpa).filter(is_in),
+        }
+    }
+
+    #[inline(never)]
+    fn search(regions: &[Region], gpa: u64) -> Option<&Region> {
+        let next = regions.partition_point(|region| region.start <= gpa);
+        regions.get(next.checked_sub(1)?)
     }
 
     /// The memory of a range that lies in one region; `None` says nothing about other ranges.
@@ -65,7 +80,7 @@ impl Snapshot {
     /// The memory from `gpa` to the end of its region, at most `len` bytes.
     pub(crate) fn prefix(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
         let region = self.find(gpa)?;
-        let most = (region.last - gpa).saturating_add(1);
+        let most = region.end() - gpa;
         self.slice(gpa, most.min(len as u64) as usize)
     }
 
@@ -78,10 +93,7 @@ impl Snapshot {
         let mut next = gpa;
         loop {
             let region = self.find(next).ok_or(error)?;
-            if end <= region.last {
-                return Ok(());
-            }
-            next = region.last.checked_add(1).ok_or(error)?;
+            next = region.end();
             if next >= end {
                 return Ok(());
             }
@@ -91,7 +103,7 @@ impl Snapshot {
     /// True if any byte of `gpa..end` is RAM.
     pub(super) fn overlaps(&self, gpa: u64, end: u64) -> bool {
         let mut regions = self.regions.iter();
-        regions.any(|region| region.start < end && gpa <= region.last)
+        regions.any(|region| region.start < end && gpa < region.end())
     }
 
     /// As [`GuestRam::read`](super::GuestRam::read).
@@ -215,6 +227,15 @@ impl Span {
     #[inline]
     pub(crate) fn u32(&self, offset: usize) -> Option<&AtomicU32> {
         if offset.checked_add(size_of::<u32>())? > self.len {
+            return None;
+        }
+        self.mapping.get_atomic_ref(self.offset + offset).ok()
+    }
+
+    /// The 64-bit word at `offset`; `None` if it is not in the span or not aligned.
+    #[inline]
+    pub(crate) fn u64(&self, offset: usize) -> Option<&AtomicU64> {
+        if offset.checked_add(size_of::<u64>())? > self.len {
             return None;
         }
         self.mapping.get_atomic_ref(self.offset + offset).ok()

@@ -57,6 +57,28 @@ pub struct PacketDescriptor {
     pub transaction_id: u64,
 }
 
+impl PacketDescriptor {
+    /// The descriptor as the two 64-bit words that it is in the ring.
+    #[inline]
+    pub const fn to_words(self) -> [u64; 2] {
+        let low = self.packet_type as u64 | (self.offset8 as u64) << 16;
+        let high = self.len8 as u64 | (self.flags as u64) << 16;
+        [low | high << 32, self.transaction_id]
+    }
+
+    /// The descriptor of two words of the ring.
+    #[inline]
+    pub const fn from_words(words: [u64; 2]) -> Self {
+        Self {
+            packet_type: words[0] as u16,
+            offset8: (words[0] >> 16) as u16,
+            len8: (words[0] >> 32) as u16,
+            flags: (words[0] >> 48) as u16,
+            transaction_id: words[1],
+        }
+    }
+}
+
 /// Bytes of a descriptor.
 pub const DESCRIPTOR_LEN: u32 = size_of::<PacketDescriptor>() as u32;
 
@@ -74,5 +96,26 @@ mod tests {
         assert_eq!(offset_of!(PacketDescriptor, len8), 4);
         assert_eq!(offset_of!(PacketDescriptor, flags), 6);
         assert_eq!(offset_of!(PacketDescriptor, transaction_id), 8);
+    }
+
+    #[test]
+    fn words_are_the_wire_layout() {
+        let descriptor = PacketDescriptor {
+            packet_type: 0x1122,
+            offset8: 0x3344,
+            len8: 0x5566,
+            flags: 0x7788,
+            transaction_id: 0x99aa_bbcc_ddee_ff00,
+        };
+        let bytes: Vec<u8> = descriptor
+            .to_words()
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .collect();
+        assert_eq!(descriptor.as_bytes(), bytes);
+        assert_eq!(
+            PacketDescriptor::from_words(descriptor.to_words()),
+            descriptor
+        );
     }
 }

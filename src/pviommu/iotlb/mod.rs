@@ -85,24 +85,43 @@ impl Iotlb {
     /// What `iova` translates to, and how many bytes from there on follow in the same page.
     #[inline]
     pub(crate) fn lookup(&self, iova: u64, write: bool) -> Option<(u64, u64)> {
+        let [small, larger @ ..] = LEVELS;
         let sizes = self.sizes.load(Ordering::Relaxed);
-        for level in LEVELS {
-            if sizes & 1 << level == 0 {
-                continue;
-            }
-            let tag = self.tag(page(iova, level), level);
-            let Some(value) = self.cell(tag).load(tag) else {
-                continue;
-            };
-            if write && value & WRITABLE == 0 && !mutant!("iotlb-hit-ignores-writes") {
-                // A walk decides whether the page is read-only or merely clean.
-                break;
-            }
-            let offset = iova & (leaf_size(level) - 1);
-            return Some(((value & entry::ADDRESS) + offset, leaf_size(level) - offset));
+        if sizes & 1 << small != 0
+            && let Some(found) = self.probe(iova, small, write)
+        {
+            return Some(found);
         }
+        larger
+            .into_iter()
+            .filter(|level| sizes & 1 << level != 0)
+            .find_map(|level| self.probe_large(iova, level, write))
+            .or_else(|| self.missed())
+    }
+
+    #[cold]
+    fn missed(&self) -> Option<(u64, u64)> {
         self.misses.fetch_add(1, Ordering::Relaxed);
         None
+    }
+
+    /// Looks for the page of one level. A write finds only what lets writes pass: otherwise a walk
+    /// decides whether the page is read-only or merely clean.
+    #[inline(always)]
+    fn probe(&self, iova: u64, level: u8, write: bool) -> Option<(u64, u64)> {
+        let tag = self.tag(page(iova, level), level);
+        let value = self.cell(tag).load(tag)?;
+        if write && value & WRITABLE == 0 && !mutant!("iotlb-hit-ignores-writes") {
+            return None;
+        }
+        let offset = iova & (leaf_size(level) - 1);
+        Some(((value & entry::ADDRESS) + offset, leaf_size(level) - offset))
+    }
+
+    /// Out of the way of the usual case.
+    #[inline(never)]
+    fn probe_large(&self, iova: u64, level: u8, write: bool) -> Option<(u64, u64)> {
+        self.probe(iova, level, write)
     }
 
     /// Keeps what a walk for `iova` found.

@@ -359,3 +359,35 @@ fn the_cache_is_bounded_and_tells_when_it_is_too_small() {
     let counters = touch(16..17);
     assert_eq!((counters.misses, counters.evictions), (17, 1));
 }
+
+#[test]
+fn what_is_unmapped_during_an_access_is_a_fault_at_most() {
+    let mut bed = Bed::with(IommuConfig {
+        iotlb_entries: 16,
+        ..IommuConfig::default()
+    });
+    let root = bed.paging_domain(1);
+    for page in 0..18 {
+        bed.map(root, page << 12, 0x5000 | PAGE);
+    }
+    assert_eq!(bed.attach(1, A), 0);
+    let dma = bed.a.dma.clone();
+    let access = dma.session(|view| {
+        let slices = view.get_slices(GuestAddress(0), 0x2000, Permissions::Write);
+        let mut slices = slices.unwrap();
+        assert_eq!(slices.next().unwrap().unwrap().len(), 0x1000);
+        bed.map(root, 0x1000, 0);
+        // Until the page is out of the cache, nothing is seen of that.
+        for page in 2..18 {
+            let iova = GuestAddress(page << 12);
+            assert!(view.check_range(iova, 8, Permissions::Read));
+        }
+        assert!(slices.next().unwrap().is_err());
+        assert!(slices.next().is_none());
+    });
+    access.unwrap();
+    assert_eq!(bed.a.port.counters().faults, 1);
+    let last = bed.a.port.last_fault().unwrap();
+    assert_eq!((last.iova, last.len), (0x1000, 0x1000));
+    assert_eq!(last.cause, FaultCause::NotPresent { level: 1 });
+}

@@ -197,6 +197,27 @@ impl RingMemory {
         Ok(self.control.u32(word as usize).ok_or(error)?)
     }
 
+    /// Number of the run that `index` lies in.
+    #[inline]
+    fn run_of(&self, index: u32) -> usize {
+        match self.runs.len() {
+            1 => 0,
+            _ => self.runs.partition_point(|run| run.end <= index),
+        }
+    }
+
+    /// Loads a word of the data area. An index that was checked is aligned, and so no word wraps.
+    #[inline]
+    fn word(&self, index: u32) -> Result<u64, RingError> {
+        let error = RingError::Index {
+            index,
+            size: self.size,
+        };
+        let run = self.runs.get(self.run_of(index)).ok_or(error)?;
+        let word = run.memory.u64((index - run.start) as usize).ok_or(error)?;
+        Ok(u64::from_le(word.load(Ordering::Relaxed)))
+    }
+
     /// Copies out of the data area, wrapping at its end.
     #[inline]
     fn read(&self, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
@@ -229,10 +250,7 @@ impl RingMemory {
         mut f: impl FnMut(VolatileSlice<'_>),
     ) -> Result<(), RingError> {
         debug_assert!(index < self.size && len <= self.size as usize);
-        let mut at = match self.runs.len() {
-            1 => 0,
-            _ => self.runs.partition_point(|run| run.end <= index),
-        };
+        let mut at = self.run_of(index);
         let mut index = index;
         let mut left = len;
         while left > 0 {

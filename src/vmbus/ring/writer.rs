@@ -3,8 +3,6 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use zerocopy::IntoBytes;
-
 use super::{Fuse, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
@@ -297,19 +295,24 @@ impl Producer {
             flags: 0,
             transaction_id,
         };
+        let mut head = [0; wire::DESCRIPTOR_LEN as usize];
+        let (words, _) = head.as_chunks_mut::<8>();
+        for (to, word) in words.iter_mut().zip(descriptor.to_words()) {
+            *to = word.to_le_bytes();
+        }
         let start = self.write;
         self.memory.refresh()?;
         let memory = &self.memory;
         let mut packet = [0; STAGED];
         if len as usize <= STAGED {
-            let head = wire::DESCRIPTOR_LEN as usize;
-            packet[..head].copy_from_slice(descriptor.as_bytes());
-            packet[head..head + payload.len()].copy_from_slice(payload);
+            let (descriptor, behind) = packet.split_at_mut(head.len());
+            descriptor.copy_from_slice(&head);
+            behind[..payload.len()].copy_from_slice(payload);
             let packet = &mut packet[..len as usize];
             put_trailer(packet, start);
             memory.write(start, packet)?;
         } else {
-            memory.write(start, descriptor.as_bytes())?;
+            memory.write(start, &head)?;
             let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
             memory.write(payload_at, payload)?;
             let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
