@@ -36,6 +36,9 @@ pub struct RunVerdict {
     pub seconds: f64,
     /// Measurements worth a glance, by name.
     pub metrics: BTreeMap<String, f64>,
+    /// Measurements worth a line in the table.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 impl Verdict {
@@ -93,6 +96,7 @@ mod tests {
                 failures: vec!["no report".into()],
                 seconds: 12.5,
                 metrics: BTreeMap::from([("interrupts".into(), 4.0)]),
+                notes: vec![],
             }],
         }
     }

@@ -2,12 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use crate::host::HostReport;
-use crate::report::{DMA_FAULT, DmaOwner, DmaReport, DmaResult, DmaTest, GuestReport};
+use crate::host::{HostMark, HostReport};
+use crate::report::{DMA_FAULT, DmaOwner, DmaReport, DmaResult, DmaTest, GuestReport, MapReport};
 use crate::scenario::{Domain, Function, Kind, Mode, Run, VFIO_CYCLES};
 
-/// Exits to the VMM in a second of a guest that has nothing to do with devices: console output.
-const EXITS_A_SECOND: u64 = 500;
+/// Exits to the VMM in a second of a guest that has nothing to do with devices: marks, console
+/// output. One in three seconds was seen.
+const EXITS_A_SECOND: u64 = 10;
 
 const NS_PER_S: u64 = 1_000_000_000;
 
@@ -116,8 +117,7 @@ pub(super) fn maps(run: &Run, guest: &GuestReport, host: &HostReport, failures: 
                 fail(format!("host lacks mark {} or {}", map.begin, map.end));
                 continue;
             };
-            let exits = end.exits.saturating_sub(begin.exits);
-            let flushes = end.flushes.saturating_sub(begin.flushes);
+            let (exits, flushes) = between(begin, end);
             // Most of the time goes into filling the pages, maps and unmaps: each of these a flush.
             let strict = run.domain == Some(Domain::Strict) && function.iommu();
             let pair_ns = map.map_ns + map.unmap_ns;
@@ -134,6 +134,29 @@ pub(super) fn maps(run: &Run, guest: &GuestReport, host: &HostReport, failures: 
             }
         }
     }
+}
+
+/// One line a benchmark of mappings.
+pub(super) fn notes(guest: &GuestReport, host: &HostReport) -> Vec<String> {
+    let note = |map: &MapReport| {
+        let (exits, flushes) = between(host.mark(map.begin)?, host.mark(map.end)?);
+        let micros = |ns: u64| ns as f64 / 1000.0;
+        let (map_us, unmap_us) = (micros(map.map_ns), micros(map.unmap_ns));
+        Some(format!(
+            "{:>3} pages: map {map_us:.1} us, unmap {unmap_us:.1} us; in {} s {flushes} flushes, \
+             {exits} exits",
+            map.pages, map.seconds
+        ))
+    };
+    guest.maps.iter().filter_map(note).collect()
+}
+
+/// Exits and flushes from one mark to a later one.
+fn between(begin: &HostMark, end: &HostMark) -> (u64, u64) {
+    (
+        end.exits.saturating_sub(begin.exits),
+        end.flushes.saturating_sub(begin.flushes),
+    )
 }
 
 /// The host counted the intended faults of test devices and no other.

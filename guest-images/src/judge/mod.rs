@@ -179,6 +179,14 @@ fn queues_used(queues: u16, cpus: u32) -> u32 {
     u32::from(queues).min(cpus)
 }
 
+/// Lines on benchmarks, for people.
+pub fn notes(evidence: &Evidence<'_>) -> Vec<String> {
+    match (&evidence.guest, &evidence.host) {
+        (Ok(guest), Ok(host)) => iommu::notes(guest, host),
+        _ => Vec::new(),
+    }
+}
+
 /// Measurements worth a glance, by name.
 pub fn metrics(evidence: &Evidence<'_>) -> BTreeMap<String, f64> {
     let mut metrics = BTreeMap::new();
@@ -208,19 +216,6 @@ pub fn metrics(evidence: &Evidence<'_>) -> BTreeMap<String, f64> {
             .map(|load| u64::from(load.moves))
             .sum::<u64>();
         put("moves", moves as f64 + moves_under_load as f64);
-    }
-    if let (Ok(guest), Ok(host)) = (&evidence.guest, &evidence.host) {
-        for map in &guest.maps {
-            let pages = map.pages;
-            put(&format!("map_{pages}_ns"), map.map_ns as f64);
-            put(&format!("unmap_{pages}_ns"), map.unmap_ns as f64);
-            if let (Some(begin), Some(end)) = (host.mark(map.begin), host.mark(map.end)) {
-                let exits = end.exits.saturating_sub(begin.exits);
-                let flushes = end.flushes.saturating_sub(begin.flushes);
-                put(&format!("exits_{pages}"), exits as f64);
-                put(&format!("flushes_{pages}"), flushes as f64);
-            }
-        }
     }
     if let Ok(host) = &evidence.host {
         let vectors = host.functions.iter().flat_map(|function| &function.vectors);

@@ -332,7 +332,7 @@ fn host(mode: Mode) -> HostReport {
             .map(|((blk, rng), id)| HostMark {
                 id,
                 functions: host_functions(blk, rng),
-                exits: 10_100 * u64::from(id),
+                exits: 10_010 * u64::from(id),
                 flushes: 10_000 * u64::from(id),
             })
             .collect(),

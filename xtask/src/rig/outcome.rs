@@ -109,8 +109,8 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
         for run in verdict.flat_map(|verdict| &verdict.runs) {
             let result = word(run.pass);
             text += &format!("  {:<18}{result:<6}{:>7.1} s\n", run.name, run.seconds);
-            for failure in &run.failures {
-                text += &format!("    {failure}\n");
+            for line in run.notes.iter().chain(&run.failures) {
+                text += &format!("    {line}\n");
             }
         }
         if !outcome.pass {
@@ -154,6 +154,7 @@ mod tests {
             },
             seconds: 10.0,
             metrics: Default::default(),
+            notes: vec![],
         };
         Verdict {
             scenario: "linux-7".into(),

@@ -125,6 +125,7 @@ fn judge_all(scenario: &Scenario) -> Verdict {
             failures: vec![format!("{error:#}")],
             seconds: 0.0,
             metrics: Default::default(),
+            notes: Vec::new(),
         });
         for failure in &judged.failures {
             say(&format!("vpci: run {}: FAILED: {failure}", run.name));
@@ -213,6 +214,7 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
         failures,
         seconds: outcome.took.as_secs_f64(),
         metrics: judge::metrics(&evidence),
+        notes: judge::notes(&evidence),
     })
 }
 
