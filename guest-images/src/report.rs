@@ -242,21 +242,22 @@ pub struct GrowReport {
     pub millis: u64,
 }
 
-/// One unbind and bind of a bus driver.
+/// One time that a bus was taken away and came back: unbind and bind of its driver, or removal and
+/// plugging by the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RebindReport {
     /// Number of the cycle, from 1.
     pub cycle: u32,
-    /// VMBus device that was unbound.
+    /// VMBus device of the bus.
     pub vmbus_device: String,
-    /// Whether its PCI functions were gone after the unbind.
+    /// Whether its PCI functions were gone in between.
     pub gone: bool,
-    /// Whether they were all back at the same addresses after the bind.
+    /// Whether they were all back at the same addresses afterwards.
     pub back: bool,
-    /// Milliseconds from the bind until they were.
+    /// Milliseconds until they were.
     pub millis: u64,
-    /// Bytes of its disks verified after the bind.
+    /// Bytes of its disks verified afterwards.
     pub verified: u64,
 }
 

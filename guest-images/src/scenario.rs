@@ -55,7 +55,7 @@ pub struct Run {
     /// What the guest does.
     pub mode: Mode,
     /// How often the mode repeats its own step: resets in [`Mode::Reboot`], cycles in
-    /// [`Mode::Rebind`]; without meaning otherwise.
+    /// [`Mode::Rebind`], [`Mode::Eject`] and [`Mode::Surprise`]; without meaning otherwise.
     #[serde(default)]
     pub repeat: u32,
     /// Value of the VMM's `--hyperv` option; `None` leaves the option out.
@@ -249,9 +249,23 @@ pub enum Mode {
     VfioUser,
     /// The kernel's benchmark of DMA mappings on each test device, then what [`Mode::Short`] does.
     MapBenchmark,
+    /// As [`Mode::Rebind`], but the VMM ejects each bus in order and plugs it in again.
+    Eject,
+    /// As [`Mode::Rebind`], but the VMM takes each bus away by surprise and plugs it in again.
+    Surprise,
 }
 
 impl Mode {
+    /// Whether buses go away and come back, [`Run::repeat`] times.
+    pub fn cycles_buses(self) -> bool {
+        matches!(self, Mode::Rebind | Mode::Eject | Mode::Surprise)
+    }
+
+    /// Whether the VMM is told what to do while it runs.
+    pub fn is_controlled(self) -> bool {
+        matches!(self, Mode::Eject | Mode::Surprise)
+    }
+
     /// The word used on the kernel command line.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -262,6 +276,8 @@ impl Mode {
             Mode::Dma => "dma",
             Mode::VfioUser => "vfio-user",
             Mode::MapBenchmark => "map-benchmark",
+            Mode::Eject => "eject",
+            Mode::Surprise => "surprise",
         }
     }
 }
@@ -281,6 +297,8 @@ impl FromStr for Mode {
             Mode::Dma,
             Mode::VfioUser,
             Mode::MapBenchmark,
+            Mode::Eject,
+            Mode::Surprise,
         ];
         let mut modes = modes.into_iter();
         modes

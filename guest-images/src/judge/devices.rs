@@ -241,7 +241,7 @@ pub(super) fn grows(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) 
 
 /// Each bus was unbound and bound as often as asked, and its disks kept their data.
 pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
-    if run.mode != Mode::Rebind {
+    if !run.mode.cycles_buses() {
         return;
     }
     let buses: BTreeSet<String> = run
@@ -260,14 +260,14 @@ pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
             })
             .sum();
         for cycle in 1..=run.repeat {
-            let mut fail = |what: String| failures.push(format!("{bus}: rebind {cycle}: {what}"));
+            let mut fail = |what: String| failures.push(format!("{bus}: cycle {cycle}: {what}"));
             let seen = guest
                 .rebinds
                 .iter()
                 .find(|seen| seen.cycle == cycle && seen.vmbus_device.eq_ignore_ascii_case(bus));
             match seen {
                 None => fail("not in the report".into()),
-                Some(seen) if !seen.gone => fail("functions stayed after unbind".into()),
+                Some(seen) if !seen.gone => fail("functions stayed".into()),
                 Some(seen) if !seen.back => fail("functions did not come back".into()),
                 Some(seen) if seen.verified != data => {
                     fail(format!("{} of {data} bytes right", seen.verified));

@@ -53,7 +53,7 @@ fn run(mode: Mode) -> Run {
         ],
         mode,
         repeat: match mode {
-            Mode::Reboot | Mode::Rebind => 2,
+            Mode::Reboot | Mode::Rebind | Mode::Eject | Mode::Surprise => 2,
             _ => 0,
         },
         hyperv: None,
@@ -397,6 +397,8 @@ fn good_evidence_passes_in_every_mode() {
         Mode::Dma,
         Mode::VfioUser,
         Mode::MapBenchmark,
+        Mode::Eject,
+        Mode::Surprise,
     ] {
         assert_eq!(judge(case(mode)), Vec::<String>::new(), "{mode:?}");
     }
@@ -578,10 +580,10 @@ fn growth_must_arrive_and_be_usable() {
 #[test]
 fn rebinds_must_bring_everything_back() {
     let rebind = Mode::Rebind;
-    breaks(rebind, "rebind 2: not in the report", |c| {
+    breaks(rebind, "cycle 2: not in the report", |c| {
         drop(c.guest.rebinds.pop())
     });
-    breaks(rebind, "stayed after unbind", |c| {
+    breaks(rebind, "functions stayed", |c| {
         c.guest.rebinds[0].gone = false
     });
     breaks(rebind, "did not come back", |c| {

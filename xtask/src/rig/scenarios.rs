@@ -79,6 +79,8 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(pviommu_rebind()),
         optional(pviommu_vfio_user()),
         optional(pviommu_map()),
+        optional(eject("linux-7")),
+        optional(surprise("linux-7")),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -287,6 +289,28 @@ fn translated(cpus: u32, mode: Mode, domain: Domain) -> Run {
         domain: Some(domain),
         ..run(kernel::BUILT.name, cpus, mode)
     }
+}
+
+/// Buses go away and come back while the guest runs: in order.
+fn eject(family: &str) -> Scenario {
+    let mut scenario = rebind(family);
+    scenario.name = "eject".into();
+    scenario.description = "the VMM ejects each bus and plugs it in again, three times".into();
+    for run in &mut scenario.runs {
+        run.mode = Mode::Eject;
+    }
+    scenario
+}
+
+/// The same by surprise.
+fn surprise(family: &str) -> Scenario {
+    let mut scenario = eject(family);
+    scenario.name = "surprise".into();
+    scenario.description = "the VMM tears each bus out and plugs it in again, three times".into();
+    for run in &mut scenario.runs {
+        run.mode = Mode::Surprise;
+    }
+    scenario
 }
 
 /// The conformance suite with its guests on L1's KVM, which takes part in answering hypercalls or

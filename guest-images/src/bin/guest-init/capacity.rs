@@ -3,9 +3,9 @@
 use crate::bounded::bounded;
 use crate::disk::{Disk, Latency};
 use crate::interrupts;
-use crate::system::{say, wait_for};
+use crate::system::{ask, wait_for};
 use anyhow::{Context, Result};
-use guest_images::report::{EVENT_PREFIX, GrowReport};
+use guest_images::report::GrowReport;
 use std::time::{Duration, Instant};
 
 /// Limit from the request to the new size.
@@ -21,7 +21,7 @@ pub(crate) fn grow(disk: &Disk) -> Result<GrowReport> {
     };
     let count = config_count()?;
     let start = Instant::now();
-    say(&format!("{EVENT_PREFIX}grow {}", disk.address()));
+    ask(&format!("grow {}", disk.address()));
     let what = format!("{}: new size", disk.name);
     let after = wait_for(&what, LIMIT, || {
         let size = disk.size()?;

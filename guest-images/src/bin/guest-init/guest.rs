@@ -66,9 +66,9 @@ impl Guest {
         let generation = self.check_disks(&functions)?;
         match self.params.mode {
             Mode::Reboot if self.report.boot <= self.params.repeat => return Ok(End::Reset),
-            Mode::Rebind => {
+            mode if mode.cycles_buses() => {
                 for cycle in 1..=self.params.repeat {
-                    let cycle = rebind::cycle(cycle, &functions, generation)?;
+                    let cycle = rebind::cycle(mode, cycle, &functions, generation)?;
                     self.report.rebinds.extend(cycle);
                 }
                 functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
@@ -94,7 +94,7 @@ impl Guest {
                         .extend(map_benchmark::run(device, &mut marker)?);
                 }
             }
-            Mode::Reboot | Mode::Short | Mode::Full => {}
+            _ => {}
         }
         self.count_interrupts(&mut marker, &functions, generation)?;
         Ok(End::PowerOff)

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use guest_images::modules::MODULE_LIST;
+use guest_images::report::EVENT_PREFIX;
 use guest_images::report::FAIL_PREFIX;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
@@ -71,6 +72,19 @@ pub(crate) fn put(bytes: &[u8]) {
 /// Writes one line to the console, in one call so that other writers do not come between.
 pub(crate) fn say(line: &str) {
     put(format!("{line}\n").as_bytes());
+}
+
+/// Asks for something from outside, on a line of its own: with the kernel's messages kept off the
+/// console for the moment.
+pub(crate) fn ask(event: &str) {
+    const LEVELS: &str = "/proc/sys/kernel/printk";
+    // Best effort: a line that the kernel cut is a failure that shows it.
+    let old = read_text(LEVELS);
+    let _ = write_text(LEVELS, "1");
+    say(&format!("\n{EVENT_PREFIX}{event}"));
+    if let Ok(levels) = old {
+        let _ = write_text(LEVELS, levels.split_whitespace().next().unwrap_or("4"));
+    }
 }
 
 /// Has the kernel print the tasks that wait for something, and what each CPU does: for whoever

@@ -21,6 +21,8 @@ const LAST_WORDS: usize = 300;
 const PANIC: &str = "Kernel panic - not syncing";
 /// How long a VMM gets to end by itself after it was asked to.
 const TERM_LIMIT: Duration = Duration::from_secs(10);
+/// How long a bus that was taken away may keep its name.
+const PLUG_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between looks at the child.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -38,6 +40,11 @@ impl Files<'_> {
     pub(crate) fn disk(&self, address: PciAddress) -> PathBuf {
         self.scratch
             .join(format!("disk-{}", address.to_string().replace(':', "-")))
+    }
+
+    /// The VMM's control socket.
+    fn socket(&self) -> PathBuf {
+        self.scratch.join("control.sock")
     }
 
     /// The VMM's report.
@@ -74,6 +81,9 @@ fn command(run: &Run, files: &Files<'_>) -> Command {
     }
     if let Some(hyperv) = &run.hyperv {
         command.args(["--hyperv", hyperv]);
+    }
+    if run.mode.is_controlled() {
+        command.arg("--api-socket").arg(files.socket());
     }
     command.arg("--report").arg(files.report());
     command
@@ -182,6 +192,9 @@ impl Vmm<'_> {
         };
         match event.trim().split_once(' ') {
             Some(("grow", address)) => self.grow(address),
+            Some(("eject", bus)) => self.ctl(&["eject", bus]),
+            Some(("remove", bus)) => self.ctl(&["remove", "--surprise", bus]),
+            Some(("plug", bus)) => self.plug(bus),
             _ => bail!("the guest asked for the unknown event {event:?}"),
         }
     }
@@ -219,6 +232,42 @@ impl Vmm<'_> {
             .and_then(|file| file.set_len(size))
             .with_context(|| path.display().to_string())?;
         kill_process(self.pid()?, Signal::HUP).context("SIGHUP to the VMM")
+    }
+
+    /// Plugs a bus in again. The guest may not have released its channel yet.
+    fn plug(&self, bus: &str) -> Result<()> {
+        let on_bus = |function: &&Function| function.bus().to_string() == bus;
+        let functions = self.run.functions.iter().filter(on_bus);
+        let specs: Vec<_> = functions.map(|f| specification(f, self.files)).collect();
+        let mut words = vec!["plug"];
+        words.extend(specs.iter().map(String::as_str));
+        let start = Instant::now();
+        loop {
+            match self.ctl(&words) {
+                Err(_) if start.elapsed() < PLUG_LIMIT => std::thread::sleep(POLL),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Asks something of the VMM.
+    fn ctl(&self, words: &[&str]) -> Result<()> {
+        let output = Command::new(self.files.share.join("vpci-vmm"))
+            .args(["ctl", "--json", "--socket"])
+            .arg(self.files.socket())
+            .args(words)
+            .output()
+            .context("vpci-vmm ctl")?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            bail!("ctl {}: {said}{errors}", words.join(" "));
+        }
+        // A guest that does not answer is a failure of its own: the removal went on without it.
+        if said.contains("timed-out") {
+            bail!("the guest did not answer: ctl {}", words.join(" "));
+        }
+        Ok(())
     }
 
     fn pid(&self) -> Result<Pid> {
