@@ -24,6 +24,7 @@ const KINDS: &[Kind] = &[
     Kind::Images,
     Kind::Emulators,
     Kind::Builds,
+    Kind::Tools,
 ];
 
 /// The kinds of entries.
@@ -41,6 +42,8 @@ pub(crate) enum Kind {
     Emulators,
     /// Source and objects of kernels that are built.
     Builds,
+    /// Programs that tasks run, where the machine has none.
+    Tools,
 }
 
 impl Kind {
@@ -52,6 +55,7 @@ impl Kind {
             Kind::Images => "images",
             Kind::Emulators => "emulators",
             Kind::Builds => "builds",
+            Kind::Tools => "tools",
         }
     }
 }

@@ -2,6 +2,7 @@
 //! demands that a check notices (docs/mutants.md).
 //!
 //! The suite is built once, with `--cfg vpci_mutants`, and run once a mutant on the `sim` bed.
+//! With `--sample` it is the unit tests that must notice, and cargo-mutants that breaks the library.
 #![forbid(unsafe_code)]
 
 use crate::command;
@@ -26,6 +27,10 @@ use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 
+mod report;
+mod sample;
+mod tool;
+
 // The list itself, from the library: there it exists only in builds of the mutation check.
 #[path = "../../src/mutants.rs"]
 #[allow(dead_code, unreachable_pub)]
@@ -40,6 +45,10 @@ pub(crate) struct Options {
     /// List the mutants instead of running them.
     #[arg(long)]
     list: bool,
+    /// For this many minutes, let cargo-mutants break the modules that guests speak to, and demand
+    /// that a unit test notices or a reason is stated (docs/mutants-sampled.md).
+    #[arg(long, value_name = "MINUTES", conflicts_with_all = ["names", "list"])]
+    sample: Option<u32>,
 }
 
 /// Checks of a caught mutant that the table names.
@@ -97,6 +106,9 @@ struct ReportedCheck {
 
 /// Runs or lists the mutants; [`Failure::Failed`] if one survives.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if let Some(minutes) = options.sample {
+        return sample::run(minutes);
+    }
     let chosen = chosen(&options.names)?;
     if options.list {
         for (name, what) in chosen {
@@ -128,6 +140,7 @@ pub(crate) fn run_all() -> Result<()> {
     run(&Options {
         names: Vec::new(),
         list: false,
+        sample: None,
     })
 }
 
