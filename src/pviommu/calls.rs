@@ -56,7 +56,7 @@ impl IommuGroup {
         let invalid = HvStatus::INVALID_PARAMETER;
         let flags = wire::ConfigureFlags::from_bits(input.flags).ok_or(invalid)?;
         let five = flags.contains(wire::ConfigureFlags::FIVE_LEVELS);
-        if five && !self.iommu.config().five_levels && !mutant!("configure-five-levels") {
+        if five && !self.iommu.has_five_levels() {
             return Err(invalid);
         }
         let enabled = flags.contains(wire::ConfigureFlags::TRANSLATION_ENABLED);

@@ -420,9 +420,12 @@ impl PvIommu {
         };
         table.root.is_multiple_of(PAGE_SIZE)
             && (self.ram.is_ram(table.root, PAGE_SIZE) || mutant!("configure-any-root"))
-            && (table.levels == Levels::Four
-                || self.config.five_levels
-                || mutant!("configure-five-levels"))
+            && (table.levels == Levels::Four || self.has_five_levels())
+    }
+
+    /// Whether tables may have five levels.
+    pub(super) fn has_five_levels(&self) -> bool {
+        self.config.five_levels || mutant!("configure-five-levels")
     }
 
     fn set_translation(&self, directory: &mut Directory, slot: u32, to: Option<Translation>) {
