@@ -243,6 +243,16 @@ pub const ALL: &[(&str, &str)] = &[
         "removed-bus-still-known",
         "the functions of a removed bus keep their ids",
     ),
+    // Orderly removal.
+    ("eject-never-sent", "the guest is not asked"),
+    (
+        "ejected-at-first",
+        "the host is told when the guest has let go of one function",
+    ),
+    (
+        "ejected-never-told",
+        "the host is not told that the guest has let go",
+    ),
     // Configuration space, BARs.
     (
         "bar-written-while-decoding",

@@ -66,6 +66,9 @@ impl Ejection {
     /// Sends what there is room for; true if the guest is to be signalled.
     pub(super) fn send(&mut self, writer: &mut RingWriter) -> Result<bool, RingError> {
         let mut signal = false;
+        if mutant!("eject-never-sent") {
+            self.unsent = 0;
+        }
         while self.unsent != 0 {
             let Some(room) = writer.reserve(size_of::<wire::SlotMessage>())? else {
                 break;
@@ -88,6 +91,9 @@ impl Ejection {
     /// The guest has let go of functions; an answer to an EJECT that was not sent yet is none.
     pub(super) fn released(&mut self, functions: u8) {
         self.held &= !functions | self.unsent;
+        if mutant!("ejected-at-first") && functions & !self.unsent != 0 {
+            self.held = 0;
+        }
     }
 
     /// True when the guest has let go of all functions.
@@ -97,7 +103,9 @@ impl Ejection {
 
     /// Tells the one who asked.
     pub(super) fn finish(self) {
-        (self.done)();
+        if !mutant!("ejected-never-told") {
+            (self.done)();
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::{IommuConfig, IommuMode, IommuReport};
 use vm_vpci::vmbus::VmBusConfig;
 use vm_vpci::vmm::WorkerHost;
+use vm_vpci::vpci::Ejected;
 use vm_vpci::vpci::bus::BusReport;
 use vm_vpci::vpci::function::PciFunction;
 
@@ -170,13 +171,14 @@ pub trait Host: Send + Sync + Debug {
     /// [`HostError::Refused`] with the host's reason.
     fn plug(&self, bus: &BusSetup) -> Result<(), HostError>;
 
-    /// Asks the guest to let go of a function, as an operator does before he takes a device away.
+    /// Asks the guest to let go of a bus, as an operator does before he takes it away. `done` runs
+    /// once, when the guest has; it must not call into the host.
     ///
     /// # Errors
     ///
-    /// [`HostError`].
-    fn eject(&self, _instance: Uuid, _function: u8) -> Result<(), HostError> {
-        Err(HostError::Unsupported("ejecting a function"))
+    /// [`HostError`]; `done` does not run then.
+    fn eject(&self, _instance: Uuid, _done: Ejected) -> Result<(), HostError> {
+        Err(HostError::Unsupported("ejecting a bus"))
     }
 
     /// Takes a bus away, whether the guest agrees or not.

@@ -20,6 +20,7 @@ use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::IommuReport;
 use vm_vpci::vmm::{MonotonicClock, Msi, MsiSink};
+use vm_vpci::vpci::Ejected;
 use vm_vpci::vpci::bus::BusReport;
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
@@ -341,6 +342,11 @@ impl Host for SimVm {
             functions,
         };
         self.partition.plug(spec).map_err(|error| refused(&error))
+    }
+
+    fn eject(&self, instance: Uuid, done: Ejected) -> Result<(), HostError> {
+        let asked = self.partition.eject(&instance, done);
+        asked.map_err(|error| HostError::Refused(error.to_string()))
     }
 
     fn remove(&self, instance: Uuid) -> Result<(), HostError> {

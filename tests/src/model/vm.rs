@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,17 @@ struct Inner {
 /// A machine.
 #[derive(Debug, Clone)]
 pub struct Vm(Arc<Inner>);
+
+/// What the one who asked for a bus has heard of it.
+#[derive(Debug, Clone, Default)]
+pub struct Told(Arc<AtomicU32>);
+
+impl Told {
+    /// How often he was told that the guest has let go.
+    pub fn times(&self) -> u32 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
 
 impl From<MemError> for Failure {
     fn from(error: MemError) -> Self {
@@ -263,6 +274,22 @@ impl Vm {
     pub fn plug(&self, bus: &BusSetup) -> Result<(), Failure> {
         self.trace(&Event::Note(format!("bus {} is plugged in", bus.instance)));
         Ok(self.0.machine.host.plug(bus)?)
+    }
+
+    /// Has the host ask the guest to let go of a bus.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`] if the host refuses.
+    pub fn eject(&self, instance: Uuid) -> Result<Told, Failure> {
+        self.trace(&Event::Note(format!("bus {instance} is asked for")));
+        let told = Told::default();
+        let count = told.0.clone();
+        let done = Box::new(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        self.0.machine.host.eject(instance, done)?;
+        Ok(told)
     }
 
     /// Takes a bus away, whether the guest agrees or not.

@@ -22,6 +22,7 @@ use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::IommuReport;
 use vm_vpci::vmm::{Doorbells, MonotonicClock};
+use vm_vpci::vpci::Ejected;
 use vm_vpci::vpci::bus::BusReport;
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 use vpci_puppet::layout::MAX_VPS;
@@ -182,6 +183,11 @@ fn plug(partition: &Partition, workers: &Workers, bus: &BusSetup) -> Result<(), 
 impl Host for KvmMachine {
     fn plug(&self, bus: &BusSetup) -> Result<(), HostError> {
         plug(&self.partition, &self.workers, bus).map_err(HostError::Refused)
+    }
+
+    fn eject(&self, instance: Uuid, done: Ejected) -> Result<(), HostError> {
+        let asked = self.partition.eject(&instance, done);
+        asked.map_err(|error| HostError::Refused(text(error)))
     }
 
     fn remove(&self, instance: Uuid) -> Result<(), HostError> {

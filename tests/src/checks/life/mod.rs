@@ -2,6 +2,8 @@
 //! (docs/spec/vpci.md, sections 5, 8 and 9).
 #![forbid(unsafe_code)]
 
+mod ejection;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
@@ -156,7 +158,7 @@ const RINGS: &[Check] = &[
 ];
 
 /// All checks of this area.
-pub const CHECKS: [&[Check]; 3] = [ENDS, BEGINNINGS, RINGS];
+pub const CHECKS: [&[Check]; 4] = [ENDS, BEGINNINGS, RINGS, ejection::CHECKS];
 
 /// A bus with two functions in full use: 0 is `testdev` with a long fill under way, 1 acts at the
 /// check's word.
