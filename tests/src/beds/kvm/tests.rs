@@ -207,7 +207,9 @@ fn interrupts_come_while_a_vp_waits_and_before() {
                 sink.raise_msi(msi(0, vector));
             }
         });
-        let got: Vec<_> = (0..0x20).map(|_| next(0, SOON).unwrap()).collect();
+        let mut got: Vec<_> = (0..0x20).map(|_| next(0, SOON).unwrap()).collect();
+        // Two that wait at the same time, on a slow machine, come in the order of their priority.
+        got.sort_unstable();
         assert_eq!(got, (0x30..0x50).collect::<Vec<_>>());
     });
 }
