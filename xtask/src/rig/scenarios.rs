@@ -69,6 +69,9 @@ pub(crate) fn all() -> Vec<Entry> {
         required(linux("linux-6.12")),
         required(linux("linux-6.1")),
         optional(hybrid("linux-7")),
+        optional(default_domain("linux-7")),
+        optional(default_domain("linux-6.12")),
+        optional(default_domain("linux-6.1")),
         required(two_buses("linux-7")),
         required(reboot("linux-7")),
         required(triple_fault("linux-7")),
@@ -123,6 +126,19 @@ fn hybrid(family: &str) -> Scenario {
     scenario.description += "; --hyperv kernel";
     for run in &mut scenario.runs {
         run.hyperv = Some("kernel".into());
+    }
+    scenario
+}
+
+/// The same with functions behind a pvIOMMU that the kernel has no driver for: they stay in the
+/// default domain, and the guest notices nothing but VIRTIO_F_ACCESS_PLATFORM.
+fn default_domain(family: &str) -> Scenario {
+    let mut scenario = linux(family);
+    scenario.name = format!("{family}-iommu");
+    scenario.description += "; iommu=on, which this kernel does not know";
+    for run in &mut scenario.runs {
+        let functions = std::mem::take(&mut run.functions);
+        run.functions = functions.into_iter().map(behind_iommu).collect();
     }
     scenario
 }
