@@ -19,6 +19,11 @@ const LINE_LIMIT: u64 = 4 << 20;
 const LAST_WORDS: usize = 300;
 /// How a kernel says that it gave up.
 const PANIC: &str = "Kernel panic - not syncing";
+/// How a kernel ends what it has to say of a fault of its own.
+const END_OF_FAULT: &str = "---[ end trace";
+/// How long a guest goes on after a fault: it has failed, and whatever waits for what the fault
+/// interrupted waits for ever.
+const FAULT_LIMIT: Duration = Duration::from_secs(30);
 /// How long a VMM gets to end by itself after it was asked to.
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// How long a bus that was taken away may keep its name.
@@ -156,11 +161,15 @@ struct Vmm<'a> {
 
 impl Vmm<'_> {
     /// Handles console lines until the VMM closes its output or the time is over.
-    fn follow(&mut self, lines: &Receiver<String>, deadline: Instant) {
+    fn follow(&mut self, lines: &Receiver<String>, mut deadline: Instant) {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match lines.recv_timeout(left) {
                 Ok(line) => {
+                    if line.contains(END_OF_FAULT) {
+                        deadline = deadline.min(Instant::now() + FAULT_LIMIT);
+                        self.fail("the guest's kernel has a fault: see its console".into());
+                    }
                     if let Err(error) = self.line(&line) {
                         self.fail(format!("{error:#}"));
                     }
@@ -459,6 +468,14 @@ mod tests {
         vmm_with("sleep 600", 0, |vmm, end| {
             assert!(vmm.failure.unwrap().contains("not done"));
             assert!(end.unwrap_err().to_string().contains("had to be stopped"));
+        });
+    }
+
+    #[test]
+    fn a_guest_whose_kernel_has_a_fault_has_failed() {
+        let script = "echo '[ 6.3] ---[ end trace 0000000000000000 ]---'";
+        vmm_with(script, 20, |vmm, _| {
+            assert!(vmm.failure.unwrap().contains("fault"));
         });
     }
 
