@@ -1,6 +1,8 @@
 //! What the user gets wrong: one line that says what to do, the documented exit status, and nothing
 //! left behind.
 
+mod common;
+
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ impl Files {
         let files = Self {
             dir: tempfile::tempdir().unwrap(),
         };
-        fs::write(files.path("kernel"), bzimage()).unwrap();
+        common::kernel(files.dir.path(), &[]);
         fs::write(files.path("text"), "#!/bin/sh\nexit 0\n").unwrap();
         fs::write(files.path("disk"), vec![0; 1 << 20]).unwrap();
         fs::write(files.path("locked"), vec![0; 1 << 20]).unwrap();
@@ -29,23 +31,6 @@ impl Files {
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
-}
-
-/// The least that passes for a 64-bit kernel: two sectors with a setup header. It is never run.
-fn bzimage() -> Vec<u8> {
-    let mut image = vec![0; 1024 + 16];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0x1f1, &[1]);
-    put(0x202, b"HdrS");
-    put(0x206, &0x020fu16.to_le_bytes());
-    put(0x211, &[1]);
-    put(0x214, &0x10_0000u32.to_le_bytes());
-    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    put(0x236, &1u16.to_le_bytes());
-    put(0x238, &255u32.to_le_bytes());
-    put(0x258, &0x100_0000u64.to_le_bytes());
-    put(0x260, &0x10_0000u32.to_le_bytes());
-    image
 }
 
 fn vmm(args: &[&str]) -> Command {
