@@ -128,6 +128,7 @@ macro_rules! mutant {
     };
 }
 
+pub mod backend;
 pub mod cpuid;
 pub mod device_id;
 pub mod devices;

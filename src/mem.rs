@@ -4,8 +4,10 @@
 //! a reference into it: bytes are copied in and out, and words that synchronise with the guest are
 //! loaded, stored or modified atomically. [`vm_memory`] appears only behind this type and in the
 //! DMA handle ([`crate::dma`]).
-#![forbid(unsafe_code)]
+//!
+//! Unsafe code is in `device` only, which maps and unmaps.
 
+mod device;
 mod snapshot;
 
 use std::ops::Deref;
@@ -16,6 +18,7 @@ use arc_swap::{ArcSwap, Guard};
 use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromBytes, IntoBytes};
 
+pub use device::DeviceMemory;
 pub(crate) use snapshot::{Snapshot, Span};
 
 /// Bytes in a guest page, the unit of every GPN and PFN of the Hyper-V interface (4 KiB on every
