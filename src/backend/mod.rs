@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod intervals;
+pub mod nested;
 mod space;
 
 use std::fmt::Debug;

@@ -74,6 +74,9 @@ impl Unit {
         iova: u64,
         access: Access,
     ) -> Result<(u64, u64), FaultCause> {
+        if iova >> self.settings.iova_width != 0 {
+            return Err(FaultCause::Width);
+        }
         let leaf = walk(ram, table, self.settings.physical_bits, iova, access)?;
         self.iotlb.fill(iova, &leaf);
         let offset = iova & (leaf.size() - 1);

@@ -59,6 +59,8 @@ pub struct PortSettings {
     pub(crate) iotlb_entries: u32,
     /// Width of a guest physical address.
     pub(crate) physical_bits: u8,
+    /// Width of an I/O virtual address as the guest was told it.
+    pub(crate) iova_width: u8,
     /// Faults by domain: see [`Attachment::fault_slot`].
     pub(crate) domain_faults: Arc<[AtomicU64]>,
 }

@@ -21,9 +21,6 @@ use crate::mem::PAGE_SIZE;
 /// Elements of a flush list that are done before pending interrupts are taken.
 const BATCH: usize = 64;
 
-/// Pages of 4 KiB, 2 MiB and 1 GiB.
-const PAGE_SIZES: u64 = 1 << 12 | 1 << 21 | 1 << 30;
-
 /// The [`CallGroup`] of a [`PvIommu`]. A VM without one does not have this group, so that every
 /// call of it is unknown.
 #[derive(Debug)]
@@ -155,7 +152,7 @@ impl IommuGroup {
             max_iova_width: config.iova_width(),
             max_pasid_width: 0,
             capabilities: capabilities.bits(),
-            page_sizes: PAGE_SIZES,
+            page_sizes: config.page_sizes(),
         };
         put(&answer, output)
     }

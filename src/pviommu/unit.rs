@@ -29,6 +29,11 @@ pub struct IommuConfig {
     /// Width of the guest's physical addresses (CPUID leaf 0x80000008), 32 to 52. Table entries
     /// with higher address bits are malformed.
     pub physical_bits: u8,
+    /// The host's IOMMU may walk the guest's tables itself. VT-d takes canonical addresses only, and
+    /// a guest's addresses are unsigned: so they have one bit less (docs/decisions.md, D-100).
+    pub nested: bool,
+    /// Offer leaves of 1 GiB, which not every IOMMU walks.
+    pub gigabyte_pages: bool,
 }
 
 impl Default for IommuConfig {
@@ -39,6 +44,8 @@ impl Default for IommuConfig {
             iotlb_entries: 4096,
             five_levels: false,
             physical_bits: 52,
+            nested: false,
+            gigabyte_pages: true,
         }
     }
 }
@@ -60,11 +67,18 @@ pub struct IommuConfigError {
 impl IommuConfig {
     /// Bits of an I/O virtual address.
     pub fn iova_width(&self) -> u8 {
-        if self.five_levels {
-            Levels::Five.width()
+        let levels = if self.five_levels {
+            Levels::Five
         } else {
-            Levels::Four.width()
-        }
+            Levels::Four
+        };
+        levels.width() - u8::from(self.nested)
+    }
+
+    /// Sizes of leaves: a bit for each.
+    pub fn page_sizes(&self) -> u64 {
+        let gigabyte = u64::from(self.gigabyte_pages);
+        (1 << 12) | (1 << 21) | (gigabyte << 30)
     }
 
     fn check(&self) -> Result<(), IommuConfigError> {
@@ -229,6 +243,7 @@ impl PvIommu {
             id,
             iotlb_entries: self.config.iotlb_entries,
             physical_bits: self.config.physical_bits,
+            iova_width: self.config.iova_width(),
             domain_faults: self.domain_faults.clone(),
         }
     }

@@ -60,6 +60,21 @@ fn five_levels_are_offered_when_configured_and_refused_otherwise() {
 }
 
 #[test]
+fn tables_for_hardware_have_one_bit_less_and_its_page_sizes() {
+    for (five_levels, width) in [(false, 47), (true, 56)] {
+        let bed = Bed::with(IommuConfig {
+            five_levels,
+            nested: true,
+            gigabyte_pages: false,
+            ..IommuConfig::default()
+        });
+        let (_, _, output) = bed.raw(CAPABILITIES.into(), &u64s(&[SELF, 0]));
+        assert_eq!(output[6], width);
+        assert_eq!(output[16..24], 0x20_1000u64.to_le_bytes());
+    }
+}
+
+#[test]
 fn another_partition_is_not_for_a_child() {
     let bed = Bed::new();
     assert_eq!(bed.create(1), 0);

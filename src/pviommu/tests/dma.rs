@@ -391,3 +391,20 @@ fn what_is_unmapped_during_an_access_is_a_fault_at_most() {
     assert_eq!((last.iova, last.len), (0x1000, 0x1000));
     assert_eq!(last.cause, FaultCause::NotPresent { level: 1 });
 }
+
+#[test]
+fn an_address_above_the_advertised_width_is_a_fault() {
+    let mut bed = Bed::with(IommuConfig {
+        nested: true,
+        ..IommuConfig::default()
+    });
+    let root = bed.paging_domain(1);
+    let last = (1 << 47) - 0x1000;
+    for iova in [last, last + 0x1000] {
+        bed.map(root, iova, 0x5000 | PAGE);
+    }
+    assert_eq!(bed.attach(1, A), 0);
+    bed.a.dma.read(last, &mut [0; 8]).unwrap();
+    let wide = fault(&bed.a, last + 0x1000, Access::Read);
+    assert_eq!(wide, FaultCause::Width);
+}

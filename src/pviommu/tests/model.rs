@@ -134,6 +134,8 @@ const CONFIG: IommuConfig = IommuConfig {
     iotlb_entries: 16,
     five_levels: true,
     physical_bits: 52,
+    nested: false,
+    gigabyte_pages: true,
 };
 
 struct Both {
