@@ -7,11 +7,18 @@
 
 #![forbid(unsafe_code)]
 
+mod address;
+mod function;
+mod l1;
+mod params;
+
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::fmt;
 use std::str::FromStr;
-use uuid::Uuid;
+
+pub use address::PciAddress;
+pub use function::{Function, Kind};
+pub use l1::{HostDevice, L1};
+pub use params::{Expected, GuestParams, WATCHDOG_LEAD_S, words};
 
 /// One scenario: an ordered list of guest boots which all must pass.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +28,9 @@ pub struct Scenario {
     pub name: String,
     /// One line for the list of scenarios.
     pub description: String,
+    /// What is special about L1.
+    #[serde(default)]
+    pub l1: L1,
     /// Seconds after which the whole scenario is given up, boot of L1 not included.
     pub time_limit_s: u64,
     /// The guest boots, run one after another.
@@ -97,134 +107,6 @@ impl Domain {
     /// Whether DMA reaches mapped memory only.
     pub fn translates(self) -> bool {
         self != Domain::Identity
-    }
-}
-
-/// A PCI function of a run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Function {
-    /// A virtio-blk disk.
-    Blk {
-        /// Instance GUID of the vPCI bus; its Data2 is the PCI domain the guest shall use.
-        bus: Uuid,
-        /// PCI function number on that bus, 0 to 7.
-        #[serde(default)]
-        function: u8,
-        /// Size of the disk in MiB.
-        size_mib: u32,
-        /// Number of request queues.
-        queues: u16,
-        /// Whether the disk is read-only.
-        #[serde(default)]
-        readonly: bool,
-        /// MiB by which the disk grows when the guest is ready for it; 0 keeps its size.
-        #[serde(default)]
-        grow_mib: u32,
-        /// Whether it is behind the pvIOMMU.
-        #[serde(default)]
-        iommu: bool,
-    },
-    /// A virtio-rng entropy source.
-    Rng {
-        /// Instance GUID of the vPCI bus.
-        bus: Uuid,
-        /// PCI function number on that bus, 0 to 7.
-        #[serde(default)]
-        function: u8,
-        /// Whether it is behind the pvIOMMU.
-        #[serde(default)]
-        iommu: bool,
-    },
-    /// The DMA test device.
-    Testdev {
-        /// Instance GUID of the vPCI bus.
-        bus: Uuid,
-        /// PCI function number on that bus, 0 to 7.
-        #[serde(default)]
-        function: u8,
-        /// Whether it is behind the pvIOMMU.
-        #[serde(default)]
-        iommu: bool,
-    },
-}
-
-impl Function {
-    /// Instance GUID of the vPCI bus the function sits on.
-    pub fn bus(&self) -> Uuid {
-        match self {
-            Function::Blk { bus, .. }
-            | Function::Rng { bus, .. }
-            | Function::Testdev { bus, .. } => *bus,
-        }
-    }
-
-    /// PCI function number on the bus.
-    pub fn number(&self) -> u8 {
-        match self {
-            Function::Blk { function, .. }
-            | Function::Rng { function, .. }
-            | Function::Testdev { function, .. } => *function,
-        }
-    }
-
-    /// Whether it is behind the pvIOMMU.
-    pub fn iommu(&self) -> bool {
-        match self {
-            Function::Blk { iommu, .. }
-            | Function::Rng { iommu, .. }
-            | Function::Testdev { iommu, .. } => *iommu,
-        }
-    }
-
-    /// PCI domain that the bus GUID asks for: Data2 (`docs/spec/vpci.md#1-identity`).
-    pub fn domain(&self) -> u16 {
-        self.bus().as_fields().1
-    }
-
-    /// The kind, as the guest and the host report name it.
-    pub fn kind(&self) -> Kind {
-        match self {
-            Function::Blk { .. } => Kind::Blk,
-            Function::Rng { .. } => Kind::Rng,
-            Function::Testdev { .. } => Kind::Testdev,
-        }
-    }
-
-    /// Address the function must have in the guest.
-    pub fn address(&self) -> PciAddress {
-        PciAddress {
-            domain: u32::from(self.domain()),
-            bus: 0,
-            device: 0,
-            function: self.number(),
-        }
-    }
-}
-
-/// Kind of a PCI function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// virtio-blk.
-    Blk,
-    /// virtio-rng.
-    Rng,
-    /// The DMA test device.
-    Testdev,
-    /// Anything else.
-    Other,
-}
-
-impl Kind {
-    /// The word used on command lines.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Blk => "blk",
-            Kind::Rng => "rng",
-            Kind::Testdev => "testdev",
-            Kind::Other => "other",
-        }
     }
 }
 
@@ -307,65 +189,6 @@ impl FromStr for Mode {
     }
 }
 
-/// Address of a PCI function in a guest, written `dddd:bb:dd.f` in hexadecimal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PciAddress {
-    /// Domain (segment).
-    pub domain: u32,
-    /// Bus number.
-    pub bus: u8,
-    /// Device number, 0 to 31.
-    pub device: u8,
-    /// Function number, 0 to 7.
-    pub function: u8,
-}
-
-impl fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:04x}:{:02x}:{:02x}.{:x}",
-            self.domain, self.bus, self.device, self.function
-        )
-    }
-}
-
-impl FromStr for PciAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("{text}: not a PCI address (dddd:bb:dd.f)");
-        let mut parts = text.split([':', '.']);
-        let mut next = || {
-            let part = parts.next().ok_or_else(bad)?;
-            u32::from_str_radix(part, 16).map_err(|_| bad())
-        };
-        let (domain, bus, device, function) = (next()?, next()?, next()?, next()?);
-        if parts.next().is_some() || bus > 0xff || device > 31 || function > 7 {
-            return Err(bad());
-        }
-        Ok(Self {
-            domain,
-            bus: bus as u8,
-            device: device as u8,
-            function: function as u8,
-        })
-    }
-}
-
-impl Serialize for PciAddress {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for PciAddress {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(serde::de::Error::custom)
-    }
-}
-
 impl Run {
     /// The guest's share of this run, ready for the L2 kernel command line.
     pub fn guest_params(&self) -> GuestParams {
@@ -399,114 +222,6 @@ impl Run {
         }
         line
     }
-}
-
-/// Seconds by which a guest's own watchdog fires before the run's time limit.
-pub const WATCHDOG_LEAD_S: u64 = 15;
-
-/// A PCI function that the guest waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Expected {
-    /// Where it must appear.
-    pub address: PciAddress,
-    /// What it must be.
-    pub kind: Kind,
-}
-
-/// What the guest role reads from its kernel command line.
-///
-/// Keys: `vpci.role=guest`, `vpci.mode`, `vpci.repeat`, `vpci.limit` (seconds), `vpci.expect`
-/// (a comma-separated list of `ADDRESS=KIND`), `vpci.grow` (0 or 1) and `vpci.marks` (0 where no
-/// VMM listens to the mark port).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GuestParams {
-    /// What to do.
-    pub mode: Mode,
-    /// Number of resets or rebinds.
-    pub repeat: u32,
-    /// Seconds until the guest's watchdog ends it.
-    pub time_limit_s: u64,
-    /// The functions to wait for.
-    pub expect: Vec<Expected>,
-    /// Whether a disk grows on request.
-    pub grow: bool,
-    /// Whether to write marks to the mark port.
-    pub marks: bool,
-}
-
-impl fmt::Display for GuestParams {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "vpci.role=guest vpci.mode={} vpci.repeat={} vpci.limit={} vpci.grow={} vpci.marks={} \
-             vpci.expect=",
-            self.mode.as_str(),
-            self.repeat,
-            self.time_limit_s,
-            u8::from(self.grow),
-            u8::from(self.marks),
-        )?;
-        for (index, expected) in self.expect.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}={}", expected.address, expected.kind.as_str())?;
-        }
-        Ok(())
-    }
-}
-
-impl FromStr for GuestParams {
-    type Err = String;
-
-    fn from_str(cmdline: &str) -> Result<Self, String> {
-        let words = words(cmdline);
-        let number = |key: &str, default: u64| match words.get(key) {
-            None => Ok(default),
-            Some(text) => text
-                .parse::<u64>()
-                .map_err(|_| format!("{key}={text}: not a number")),
-        };
-        let repeat = number("vpci.repeat", 0)?;
-        Ok(Self {
-            mode: words
-                .get("vpci.mode")
-                .map_or(Ok(Mode::Full), |m| m.parse())?,
-            repeat: u32::try_from(repeat)
-                .map_err(|_| format!("vpci.repeat={repeat}: too large"))?,
-            time_limit_s: number("vpci.limit", 120)?,
-            expect: words
-                .get("vpci.expect")
-                .copied()
-                .unwrap_or_default()
-                .split(',')
-                .filter(|item| !item.is_empty())
-                .map(parse_expected)
-                .collect::<Result<_, _>>()?,
-            grow: number("vpci.grow", 0)? != 0,
-            marks: number("vpci.marks", 1)? != 0,
-        })
-    }
-}
-
-fn parse_expected(item: &str) -> Result<Expected, String> {
-    let (address, kind) = item
-        .split_once('=')
-        .ok_or_else(|| format!("vpci.expect: {item}: not ADDRESS=KIND"))?;
-    let kind = [Kind::Blk, Kind::Rng, Kind::Testdev]
-        .into_iter()
-        .find(|known| known.as_str() == kind)
-        .ok_or_else(|| format!("vpci.expect: {kind}: no such kind"))?;
-    Ok(Expected {
-        address: address.parse()?,
-        kind,
-    })
-}
-
-/// The `key=value` words of a kernel command line; the last one of a key wins.
-pub fn words(cmdline: &str) -> BTreeMap<&str, &str> {
-    cmdline
-        .split_ascii_whitespace()
-        .filter_map(|word| word.split_once('='))
-        .collect()
 }
 
 #[cfg(test)]
@@ -562,6 +277,14 @@ mod tests {
                     function: 0,
                     iommu: true,
                 },
+                Function::Vfio {
+                    bus: "11111111-0044-4000-8000-000000000004".parse().unwrap(),
+                    function: 0,
+                    host: "0000:00:11.0".parse().unwrap(),
+                    guest: Kind::Nvme,
+                    size_mib: 64,
+                    iommu: false,
+                },
             ],
             mode: Mode::Full,
             repeat: 0,
@@ -576,6 +299,14 @@ mod tests {
         let scenario = Scenario {
             name: "linux-7".into(),
             description: "all of it".into(),
+            l1: L1 {
+                kernel: Some("linux-7-pviommu".into()),
+                devices: vec![HostDevice {
+                    address: "0000:00:11.0".parse().unwrap(),
+                    kind: Kind::Nvme,
+                    size_mib: 64,
+                }],
+            },
             time_limit_s: 300,
             runs: vec![run()],
             exec: None,

@@ -108,13 +108,23 @@ impl Role {
     /// Modules that the part needs, where they are not built in.
     fn modules(self) -> &'static [&'static str] {
         match self {
-            Role::Rig => &["virtio_pci", "9pnet_virtio", "9p", "kvm", "kvm_amd"],
+            Role::Rig => &[
+                "virtio_pci",
+                "9pnet_virtio",
+                "9p",
+                "kvm",
+                "kvm_amd",
+                "vfio_iommu_type1",
+                "vfio_pci",
+            ],
             Role::Guest => &[
                 "hv_vmbus",
                 "pci_hyperv",
                 "virtio_pci",
                 "virtio_blk",
                 "virtio_rng",
+                "nvme",
+                "e1000e",
             ],
         }
     }

@@ -23,12 +23,13 @@ pub(super) fn functions(run: &Run, guest: &GuestReport, failures: &mut Vec<Strin
         let (driver, virtio_driver, vectors) = match function {
             Function::Blk { queues, .. } => {
                 let vectors = queues_used(*queues, run.cpus) + 1;
-                ("virtio-pci", Some("virtio_blk"), vectors)
+                (Some("virtio-pci"), Some("virtio_blk"), vectors)
             }
-            Function::Rng { .. } => ("virtio-pci", Some("virtio_rng"), 2),
-            Function::Testdev { .. } => ("vpci-testdev", None, 1),
+            Function::Rng { .. } => (Some("virtio-pci"), Some("virtio_rng"), 2),
+            Function::Testdev { .. } => (Some("vpci-testdev"), None, 1),
+            Function::Vfio { guest, .. } => passed_through(*guest, run.cpus),
         };
-        if seen.driver.as_deref() != Some(driver) {
+        if seen.driver.as_deref() != driver {
             failures.push(format!("{address}: PCI driver is {:?}", seen.driver));
         }
         if seen.virtio_driver.as_deref() != virtio_driver {
@@ -59,6 +60,19 @@ pub(super) fn functions(run: &Run, guest: &GuestReport, failures: &mut Vec<Strin
         if seen.vmbus_device.is_some() && !expected {
             failures.push(format!("{}: nobody asked for this function", seen.address));
         }
+    }
+}
+
+/// PCI driver, virtio driver and MSI vectors of a host device in a guest with `cpus` CPUs.
+fn passed_through(kind: Kind, cpus: u32) -> (Option<&'static str>, Option<&'static str>, u32) {
+    match kind {
+        // One for the admin queue and one for each CPU's (drivers/nvme/host/pci.c, nvme_setup_irqs).
+        Kind::Nvme => (Some("nvme"), None, cpus + 1),
+        // Receive, transmit, everything else (drivers/net/ethernet/intel/e1000e/netdev.c,
+        // e1000_configure_msix).
+        Kind::E1000e => (Some("e1000e"), None, 3),
+        Kind::Rng => (Some("virtio-pci"), Some("virtio_rng"), 2),
+        _ => (None, None, 0),
     }
 }
 
@@ -256,6 +270,7 @@ pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
             .filter(|function| function.bus().to_string() == *bus)
             .map(|function| match function {
                 Function::Blk { size_mib, .. } => u64::from(*size_mib) * MIB,
+                Function::Vfio { size_mib, .. } => u64::from(*size_mib) * MIB,
                 Function::Rng { .. } | Function::Testdev { .. } => 0,
             })
             .sum();

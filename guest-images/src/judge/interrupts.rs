@@ -21,6 +21,12 @@ pub(super) fn vectors(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
             }
             Function::Rng { .. } => 1..2,
             Function::Testdev { .. } => 0..u32::from(run.mode == Mode::Dma),
+            Function::Vfio { guest, .. } => match guest {
+                Kind::Nvme => 0..run.cpus + 1,
+                Kind::E1000e => 0..3,
+                Kind::Rng => 1..2,
+                _ => 0..0,
+            },
         };
         for index in in_use {
             let seen = guest

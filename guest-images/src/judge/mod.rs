@@ -105,7 +105,9 @@ fn host_end(run: &Run, host: &HostReport, failures: &mut Vec<String>) {
             .find(|seen| seen.bus == bus && seen.function == number)
         {
             None => failures.push(format!("host report: no function {number} on bus {bus}")),
-            Some(seen) if seen.kind != function.kind() || seen.domain_hint != function.domain() => {
+            Some(seen)
+                if seen.kind != function.host_kind() || seen.domain_hint != function.domain() =>
+            {
                 failures.push(format!(
                     "host report: function {number} on bus {bus} is {} in domain {:04x}",
                     seen.kind.as_str(),

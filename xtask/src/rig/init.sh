@@ -11,6 +11,16 @@ while read -r module; do
 done < /lib/modules.list
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=loose,ro host /host
 ulimit -l unlimited
+while read -r device; do
+    folder=/sys/bus/pci/devices/$device
+    echo vfio-pci > "$folder/driver_override"
+    [ ! -e "$folder/driver" ] || echo "$device" > "$folder/driver/unbind"
+    echo "$device" > /sys/bus/pci/drivers_probe
+    case $(readlink "$folder/driver") in
+    */vfio-pci) ;;
+    *) echo "VPCI-FAIL $device is not bound to vfio-pci" ;;
+    esac
+done < /host/devices
 cd /tmp
 echo "VPCI-SHELL begin"
 sh /host/command.sh < /dev/null 2>&1

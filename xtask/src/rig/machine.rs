@@ -2,11 +2,13 @@
 //! has a complete KVM of its own (`docs/spec/vfio-rig.md`, sections 1 and 4).
 #![forbid(unsafe_code)]
 
+use super::devices;
 use crate::command;
 use crate::emulator::Emulator;
 use crate::images::Image;
 use anyhow::Context;
 use anyhow::Result;
+use guest_images::scenario::HostDevice;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process_group;
@@ -41,8 +43,10 @@ pub(crate) struct Setup<'a> {
     pub(crate) cmdline: &'a str,
     /// Folder that L1 can mount, read-only, by 9p with the tag `host`.
     pub(crate) share: &'a Path,
-    /// Folder for `serial.log` and `qemu.log`.
+    /// Folder for `serial.log` and `qemu.log`, with the files behind the devices.
     pub(crate) logs: &'a Path,
+    /// Devices for pass-through.
+    pub(crate) devices: &'a [HostDevice],
     /// Whether the console is copied to standard error.
     pub(crate) echo: bool,
 }
@@ -176,9 +180,14 @@ fn qemu(setup: &Setup<'_>) -> Command {
     command.args("-accel tcg,thread=multi -machine q35".split(' '));
     command.args("-cpu EPYC,+svm,+npt -smp 2 -m 3072".split(' '));
     command.args("-nodefaults -display none -serial stdio -no-reboot".split(' '));
+    command.args(devices::options(setup.logs, setup.devices));
     command.arg("-kernel").arg(&setup.image.kernel);
     command.arg("-initrd").arg(&setup.image.initrd);
-    command.arg("-append").arg(setup.cmdline);
+    let mut cmdline = setup.cmdline.to_string();
+    if !setup.devices.is_empty() {
+        cmdline += " intel_iommu=on";
+    }
+    command.arg("-append").arg(cmdline);
     let share = setup.share.display().to_string().replace(',', ",,");
     command.arg("-virtfs").arg(format!(
         "local,path={share},mount_tag=host,security_model=none,readonly=on,multidevs=remap"
@@ -229,6 +238,32 @@ mod tests {
             child,
             lines,
             start: Instant::now(),
+        }
+    }
+
+    #[test]
+    fn devices_and_the_iommu_are_on_the_command_line_of_machines_that_have_some() {
+        let image = Image {
+            kernel: "kernel".into(),
+            initrd: "initrd".into(),
+        };
+        let line = |devices: &[HostDevice]| {
+            let setup = Setup {
+                emulator: &Emulator::in_folder(Path::new("/emulator")),
+                image: &image,
+                cmdline: "quiet",
+                share: Path::new("/share"),
+                logs: Path::new("/logs"),
+                devices,
+                echo: false,
+            };
+            command::display(&qemu(&setup))
+        };
+        let plain = line(&[]);
+        assert!(!plain.contains("iommu"), "{plain}");
+        let line = line(&devices::parse("edu").unwrap());
+        for part in ["intel-iommu", "edu,", "quiet intel_iommu=on"] {
+            assert!(line.contains(part), "{line}");
         }
     }
 

@@ -5,6 +5,7 @@
 //! with both kernels' consoles, and `qemu.log`.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod machine;
 mod outcome;
 pub(crate) mod scenarios;
@@ -25,6 +26,7 @@ use crate::kernel::Role;
 use crate::workspace;
 use anyhow::Context;
 use anyhow::Result;
+use guest_images::scenario::L1;
 use guest_images::scenario::Scenario;
 use guest_images::verdict::Verdict;
 use machine::End;
@@ -81,6 +83,13 @@ pub(crate) struct Options {
     /// A file that --shell-command finds in /host; may be given several times.
     #[arg(long, value_name = "FILE", requires = "shell_command")]
     file: Vec<PathBuf>,
+    /// Devices that --shell-command finds bound to vfio-pci, behind an IOMMU: all, or some of
+    /// edu, nvme, rng, e1000e, shared-edu-1 and shared-edu-2, with commas.
+    #[arg(long, value_name = "LIST", requires = "shell_command")]
+    devices: Option<String>,
+    /// Kernel family of L1 for --shell-command.
+    #[arg(long, value_name = "FAMILY", requires = "shell_command")]
+    l1_kernel: Option<String>,
     /// Scenarios that run at the same time. Each takes two cores and 3 GiB of memory.
     #[arg(long, value_name = "N", default_value_t = default_jobs())]
     jobs: NonZeroUsize,
@@ -124,9 +133,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     let scale = options.limits.timeout_scale;
     if let Some(command) = &options.shell_command {
-        let families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
-        let prepared = Prepared::new(&families)?;
-        return shell::run(&prepared, command, &options.file, scale);
+        let l1 = L1 {
+            kernel: options.l1_kernel.clone(),
+            devices: match &options.devices {
+                Some(list) => devices::parse(list)?,
+                None => Vec::new(),
+            },
+        };
+        let mut families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
+        // A kernel that is there anyway may be a guest's as well.
+        let own: Vec<_> = l1.kernel.as_deref().into_iter().collect();
+        families.extend(own.iter().filter(|name| **name == kernel::BUILT.name));
+        let prepared = Prepared::new(&families, &own)?;
+        return shell::run(&prepared, command, &options.file, &l1, scale);
     }
     let selected = if options.all {
         scenarios::all()
@@ -215,7 +234,7 @@ pub(crate) fn run_scenarios(selected: &[Scenario], limits: Limits) -> Result<()>
 /// Installs, builds and fetches everything that the scenarios need.
 pub(crate) fn prepare_all() -> Result<()> {
     let families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
-    Prepared::new(&families).map(drop)
+    Prepared::new(&families, &[]).map(drop)
 }
 
 /// How a scenario is watched.
@@ -230,7 +249,8 @@ struct Prepared {
     cache: Cache,
     emulator: Emulator,
     binaries: Binaries,
-    rig: Kernel,
+    /// Kernels of L1; the usual one is the first.
+    rigs: Vec<Kernel>,
     guests: Vec<(&'static str, Image)>,
 }
 
@@ -245,15 +265,29 @@ impl Prepared {
         let mut names: Vec<_> = scenarios.iter().flat_map(scenarios::families).collect();
         names.sort_unstable();
         names.dedup();
-        Self::new(&names)
+        let own = scenarios.iter();
+        let own: Vec<_> = own
+            .filter_map(|scenario| scenario.l1.kernel.as_deref())
+            .collect();
+        Self::new(&names, &own)
     }
 
-    fn new(families: &[&str]) -> Result<Self> {
+    /// Prepares guests of `families`, and L1s with the usual kernel and with those of `rigs`.
+    fn new(families: &[&str], rigs: &[&str]) -> Result<Self> {
         let cache = Cache::open()?;
         let emulator = Emulator::fetch(&cache)?;
         eprintln!("emulator: QEMU {}", emulator.version());
         let binaries = binaries::build()?;
-        let rig = kernel::fetch(&cache, &FAMILIES[0])?;
+        let mut kernels = vec![kernel::fetch(&cache, &FAMILIES[0])?];
+        for name in rigs {
+            let family = kernel::family(name)?;
+            if !kernels
+                .iter()
+                .any(|kernel| kernel.family.name == family.name)
+            {
+                kernels.push(kernel::fetch(&cache, family)?);
+            }
+        }
         let mut guests = Vec::new();
         for name in families {
             let family = kernel::family(name)?;
@@ -267,9 +301,18 @@ impl Prepared {
             cache,
             emulator,
             binaries,
-            rig,
+            rigs: kernels,
             guests,
         })
+    }
+
+    /// The kernel that an L1 asks for.
+    fn l1_kernel(&self, l1: &L1) -> Result<&Kernel> {
+        let name = l1.kernel.as_deref().unwrap_or(FAMILIES[0].name);
+        let mut kernels = self.rigs.iter();
+        kernels
+            .find(|kernel| kernel.family.name == name)
+            .with_context(|| format!("kernel {name} was not prepared for L1"))
     }
 
     fn work_folder(&self, name: &str) -> Result<WorkFolder> {
@@ -348,15 +391,18 @@ impl Prepared {
         let json = serde_json::to_vec_pretty(&scenario)?;
         fs::write(share.join("scenario.json"), json)?;
         let init = Init::Program(&self.binaries.init);
-        let image = images::pack(&self.cache, &self.rig, Role::Rig, init)?;
+        let kernel = self.l1_kernel(&scenario.l1)?;
+        let image = images::pack(&self.cache, kernel, Role::Rig, init)?;
         let name = &scenario.name;
-        eprintln!("{name}: booting L1 ({})", self.rig.release);
+        eprintln!("{name}: booting L1 ({})", kernel.release);
+        devices::make_backing_files(&work.folder, &scenario.l1.devices)?;
         let setup = Setup {
             emulator: &self.emulator,
             image: &image,
             cmdline: CMDLINE,
             share: &share,
             logs: &work.folder,
+            devices: &scenario.l1.devices,
             echo: watch.echo,
         };
         let mut progress = Progress::new(name, watch.echo);

@@ -5,6 +5,7 @@ use crate::failure::Failure;
 use crate::kernel;
 use guest_images::scenario::Domain;
 use guest_images::scenario::Function;
+use guest_images::scenario::L1;
 use guest_images::scenario::Mode;
 use guest_images::scenario::Run;
 use guest_images::scenario::Scenario;
@@ -349,6 +350,7 @@ fn scenario(name: &str, description: &str, runs: Vec<Run>) -> Scenario {
     Scenario {
         name: name.into(),
         description: description.into(),
+        l1: L1::default(),
         time_limit_s: runs.iter().map(|run| run.time_limit_s + 30).sum(),
         runs,
         exec: None,
@@ -405,7 +407,8 @@ fn behind_iommu(mut function: Function) -> Function {
     match &mut function {
         Function::Blk { iommu, .. }
         | Function::Rng { iommu, .. }
-        | Function::Testdev { iommu, .. } => *iommu = true,
+        | Function::Testdev { iommu, .. }
+        | Function::Vfio { iommu, .. } => *iommu = true,
     }
     function
 }
@@ -466,7 +469,7 @@ mod tests {
             for run in &scenario.runs {
                 let queues = run.functions.iter().find_map(|function| match function {
                     Function::Blk { queues, .. } => Some(u32::from(*queues)),
-                    Function::Rng { .. } | Function::Testdev { .. } => None,
+                    _ => None,
                 });
                 assert!(queues.unwrap() >= run.cpus);
             }

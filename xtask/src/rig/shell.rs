@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::Prepared;
+use super::devices;
 use super::machine::End;
 use super::machine::Machine;
 use super::machine::Setup;
@@ -12,6 +13,7 @@ use crate::images::Init;
 use crate::kernel::Role;
 use anyhow::Context;
 use anyhow::Result;
+use guest_images::scenario::L1;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,13 +27,20 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 /// Boots L1, runs `command` by busybox' shell and prints its output; an error unless it ends
 /// with status 0.
-pub(crate) fn run(prepared: &Prepared, command: &str, files: &[PathBuf], scale: f64) -> Result<()> {
+pub(crate) fn run(
+    prepared: &Prepared,
+    command: &str,
+    files: &[PathBuf],
+    l1: &L1,
+    scale: f64,
+) -> Result<()> {
     let busybox = images::busybox(&prepared.cache)?;
     let init = Init::Script {
         busybox: &busybox,
         script: INIT,
     };
-    let image = images::pack(&prepared.cache, &prepared.rig, Role::Rig, init)?;
+    let kernel = prepared.l1_kernel(l1)?;
+    let image = images::pack(&prepared.cache, kernel, Role::Rig, init)?;
     let work = prepared.work_folder("shell")?;
     let share = work.folder.join("share");
     prepared.fill_share(&share)?;
@@ -40,6 +49,12 @@ pub(crate) fn run(prepared: &Prepared, command: &str, files: &[PathBuf], scale: 
         fs::copy(file, share.join(name)).with_context(|| format!("--file {}", file.display()))?;
     }
     fs::write(share.join("command.sh"), format!("{command}\n"))?;
+    let addresses = l1
+        .devices
+        .iter()
+        .map(|device| format!("{}\n", device.address));
+    fs::write(share.join("devices"), addresses.collect::<String>())?;
+    devices::make_backing_files(&work.folder, &l1.devices)?;
     let interrupted = interruption()?;
     let mut machine = Machine::start(&Setup {
         emulator: &prepared.emulator,
@@ -47,6 +62,7 @@ pub(crate) fn run(prepared: &Prepared, command: &str, files: &[PathBuf], scale: 
         cmdline: "console=ttyS0 quiet loglevel=4 panic=-1",
         share: &share,
         logs: &work.folder,
+        devices: &l1.devices,
         echo: false,
     })?;
     let limit = LIMIT.mul_f64(scale);

@@ -19,6 +19,7 @@ mod kmsg;
 mod load;
 mod map_benchmark;
 mod marks;
+mod passthrough;
 mod pci;
 mod rebind;
 mod rig;

@@ -13,8 +13,13 @@ use uuid::Uuid;
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// Vendor id of virtio functions.
 const VIRTIO_VENDOR: u16 = 0x1af4;
-/// Vendor and device id of the DMA test device.
-const TESTDEV: (u32, u32) = (0x1234, 0x5650);
+/// Vendor and device ids of what is not virtio.
+const OTHERS: [((u32, u32), Kind); 4] = [
+    ((0x1234, 0x5650), Kind::Testdev),
+    ((0x1234, 0x11e8), Kind::Edu),
+    ((0x1b36, 0x0010), Kind::Nvme),
+    ((0x8086, 0x10d3), Kind::E1000e),
+];
 
 /// A PCI function and what hangs below it.
 #[derive(Clone, Debug)]
@@ -62,11 +67,6 @@ impl Found {
             .collect()
     }
 
-    /// Path of one of its files in sysfs.
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.path.join(name)
-    }
-
     /// The VMBus device that the function's root bus belongs to.
     pub(crate) fn vmbus_device(&self) -> Option<String> {
         let path = fs::canonicalize(&self.path).ok()?;
@@ -84,8 +84,9 @@ impl Found {
         match self.kind {
             Kind::Blk => bound && self.block().is_some(),
             Kind::Rng => bound,
-            Kind::Testdev => driver(&self.path).is_some(),
-            Kind::Other => true,
+            Kind::Testdev | Kind::Nvme | Kind::E1000e => driver(&self.path).is_some(),
+            // No driver knows these.
+            Kind::Edu | Kind::Vfio | Kind::Other => true,
         }
     }
 
@@ -104,6 +105,12 @@ impl Found {
         })
     }
 
+    /// Number of its IOMMU group, if it is in one.
+    pub(crate) fn iommu_group(&self) -> Option<String> {
+        let group = fs::read_link(self.path.join("iommu_group")).ok()?;
+        Some(group.file_name()?.to_str()?.to_owned())
+    }
+
     /// Type of the default domain of its IOMMU group, if it has one.
     pub(crate) fn domain(&self) -> Option<String> {
         read_text(self.path.join("iommu_group/type")).ok()
@@ -111,8 +118,8 @@ impl Found {
 }
 
 fn kind_of(vendor: u32, device: u32) -> Kind {
-    if (vendor, device) == TESTDEV {
-        return Kind::Testdev;
+    if let Some((_, kind)) = OTHERS.iter().find(|(ids, _)| *ids == (vendor, device)) {
+        return *kind;
     }
     if vendor != u32::from(VIRTIO_VENDOR) {
         return Kind::Other;
@@ -132,6 +139,11 @@ pub(crate) fn list() -> Result<Vec<Found>> {
         .collect::<Result<_>>()?;
     addresses.sort();
     addresses.into_iter().map(Found::open).collect()
+}
+
+/// The function at `address`.
+pub(crate) fn find(address: PciAddress) -> Result<Found> {
+    Found::open(address)
 }
 
 /// Whether a function exists at `address`.
@@ -207,7 +219,10 @@ mod tests {
     #[test]
     fn ids_give_the_kind() {
         assert_eq!(kind_of(0x1234, 0x5650), Kind::Testdev);
-        assert_eq!(kind_of(0x1234, 0x11e8), Kind::Other);
+        assert_eq!(kind_of(0x1234, 0x11e8), Kind::Edu);
+        assert_eq!(kind_of(0x1b36, 0x0010), Kind::Nvme);
+        assert_eq!(kind_of(0x8086, 0x10d3), Kind::E1000e);
+        assert_eq!(kind_of(0x1b36, 0x0005), Kind::Other);
         assert_eq!(kind_of(0x1af4, 0x1001), Kind::Blk);
         assert_eq!(kind_of(0x1af4, 0x1042), Kind::Blk);
         assert_eq!(kind_of(0x1af4, 0x1044), Kind::Rng);

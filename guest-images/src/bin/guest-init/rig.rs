@@ -3,7 +3,7 @@
 use crate::bounded::bounded;
 use crate::system::{self, put, say, step};
 use crate::vmm::{self, Files};
-use crate::{End, kmsg};
+use crate::{End, kmsg, passthrough};
 use anyhow::{Context, Result, bail};
 use guest_images::allow::AllowList;
 use guest_images::host::HostReport;
@@ -93,6 +93,9 @@ fn judge_all(scenario: &Scenario) -> Verdict {
     };
     let kept = keep_vm();
     if let Err(error) = &kept {
+        verdict.failures.push(format!("{error:#}"));
+    }
+    if let Err(error) = passthrough::take(&scenario.l1.devices) {
         verdict.failures.push(format!("{error:#}"));
     }
     if scenario.runs.is_empty() && scenario.exec.is_none() {

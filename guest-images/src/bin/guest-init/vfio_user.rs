@@ -63,8 +63,7 @@ pub(crate) fn run(device: &Found) -> Result<Vec<DmaReport>> {
     // MSIs of Hyper-V's bus are remapped by the host, which Linux cannot know: VFIO would refuse.
     let allow = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
     write_text(allow, "1")?;
-    let group = std::fs::read_link(device.file("iommu_group")).context("IOMMU group")?;
-    let group = group.file_name().context("IOMMU group")?.to_owned();
+    let group = device.iommu_group().context("IOMMU group")?;
     step(format!("vfio: take {address}"));
     bind(address, "vfio-pci")?;
     let work = move || {

@@ -111,6 +111,7 @@ fn specification(function: &Function, files: &Files<'_>) -> String {
         }
         Function::Rng { .. } => format!("rng,{place}"),
         Function::Testdev { .. } => format!("testdev,{place}"),
+        Function::Vfio { host, .. } => format!("vfio,host={host},{place}"),
     }
 }
 
@@ -354,7 +355,7 @@ fn forward(source: impl Read, lines: Option<&Sender<String>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_images::scenario::Mode;
+    use guest_images::scenario::{Kind, Mode};
 
     fn run() -> Run {
         Run {
@@ -382,6 +383,14 @@ mod tests {
                 Function::Testdev {
                     bus: "11111111-0043-4000-8000-000000000003".parse().unwrap(),
                     function: 0,
+                    iommu: true,
+                },
+                Function::Vfio {
+                    bus: "11111111-0044-4000-8000-000000000004".parse().unwrap(),
+                    function: 2,
+                    host: "0000:00:11.0".parse().unwrap(),
+                    guest: Kind::Nvme,
+                    size_mib: 64,
                     iommu: true,
                 },
             ],
@@ -412,6 +421,7 @@ mod tests {
              bus=11111111-1234-4000-8000-000000000001,fn=0,readonly=on",
             "--vpci rng,bus=11111111-0042-4000-8000-000000000002,fn=1",
             "--vpci testdev,bus=11111111-0043-4000-8000-000000000003,fn=0,iommu=on",
+            "--vpci vfio,host=0000:00:11.0,bus=11111111-0044-4000-8000-000000000004,fn=2,iommu=on",
             "--hyperv user --report /scratch/report.json",
         ] {
             assert!(line.contains(part), "{line}");
