@@ -82,6 +82,7 @@
 //!         workers: workers.clone(),
 //!         clock: Arc::new(MonotonicClock::default()),
 //!         doorbells: None,
+//!         bars: None,
 //!     },
 //! )?;
 //! partition.plug(BusSpec {

@@ -30,12 +30,12 @@ use crate::hypercall::{
 use crate::mem::GuestRam;
 use crate::msr::{ForwardMsr, GpFault, MsrConfig, MsrEffect, MsrError, PartitionMsrs};
 use crate::pviommu::{
-    AddDeviceError, DeviceBackend, IommuConfig, IommuConfigError, IommuGroup, IommuReport, PvIommu,
+    AddDeviceError, IommuConfig, IommuConfigError, IommuGroup, IommuReport, PvIommu,
 };
 use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
 use crate::synic::{SintLines, SynicPort};
 use crate::vmbus::{ChannelDevice, ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
-use crate::vmm::{Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
+use crate::vmm::{BarMapper, Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
 use crate::vpci::function::FunctionSpec;
 use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
@@ -82,6 +82,8 @@ pub struct PartitionHost {
     pub clock: Arc<dyn Clock>,
     /// Doorbells, where the host has them.
     pub doorbells: Option<Arc<dyn Doorbells>>,
+    /// Maps BARs of host devices into the guest, where the VMM can.
+    pub bars: Option<Arc<dyn BarMapper>>,
 }
 
 /// What the host's kernel does itself in hybrid mode (docs/spec/kvm.md, section 1).
@@ -398,6 +400,7 @@ impl Partition {
             msi: self.host.msi.clone(),
             apic_ids: self.apic_ids.clone(),
             doorbells: self.host.doorbells.clone(),
+            bars: self.host.bars.clone(),
             iommu: self.iommu.clone(),
         };
         let config = BusConfig {
@@ -432,8 +435,7 @@ impl Partition {
         let Some(iommu) = &self.iommu else {
             return Ok(());
         };
-        for (id, mode, port) in bus.iommu_devices() {
-            let backend = port.map(|port| port as Arc<dyn DeviceBackend>);
+        for (id, mode, backend) in bus.iommu_devices() {
             iommu.add_device(id, mode, backend)?;
         }
         Ok(())

@@ -10,6 +10,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
+use crate::mem::DeviceMemory;
+
 /// A message-signalled interrupt as the interrupt fabric takes it: already translated to its
 /// destination, never what a guest wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +105,53 @@ pub trait Doorbells: Send + Sync + Debug {
     ///
     /// The host's error, which is logged.
     fn remove(&self, doorbell: Doorbell, eventfd: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+/// Shows a host device's memory to the guest, so that its accesses do not leave it.
+pub trait BarMapper: Send + Sync + Debug {
+    /// Makes `len` bytes of `memory` from `offset` on appear at guest physical address `gpa`; all of them
+    /// multiples of the page size, and nothing else is there.
+    ///
+    /// # Errors
+    ///
+    /// The host's error; accesses then simply arrive as MMIO.
+    fn map(&self, gpa: u64, memory: &Arc<DeviceMemory>, offset: u64, len: u64) -> io::Result<()>;
+    /// Takes away what [`BarMapper::map`] put at `gpa`. When this returns the guest cannot reach it.
+    ///
+    /// # Errors
+    ///
+    /// The host's error, which is logged.
+    fn unmap(&self, gpa: u64) -> io::Result<()>;
+}
+
+/// Makes lines by which the host's kernel interrupts the guest without this process (an irqfd and a
+/// route).
+pub trait HostLines: Send + Sync + Debug {
+    /// A line that leads nowhere yet.
+    ///
+    /// # Errors
+    ///
+    /// The host's error, or that the VM has as many as it can have.
+    fn add(&self) -> io::Result<Arc<dyn HostLine>>;
+}
+
+/// One of [`HostLines`]. Dropping it takes it away.
+pub trait HostLine: Send + Sync + Debug {
+    /// A signal of it is an event. While the line leads nowhere, signals are kept in it.
+    fn eventfd(&self) -> BorrowedFd<'_>;
+    /// Leads the line to a message: each signal from now on becomes one, and so do those that were kept,
+    /// together. When this returns nothing is delivered the former way.
+    ///
+    /// # Errors
+    ///
+    /// The host's error; the line then leads nowhere.
+    fn connect(&self, to: Msi) -> io::Result<()>;
+    /// Leads the line nowhere. When this returns nothing is delivered.
+    fn disconnect(&self);
+    /// True if a signal is kept.
+    fn is_pending(&self) -> bool;
+    /// Forgets what is kept.
+    fn discard(&self);
 }
 
 /// Lets HvSignalEvent on a connection ring an eventfd in the kernel instead of leaving the guest

@@ -143,6 +143,7 @@ pub(crate) fn partition(ram: GuestRam, msi: Arc<dyn MsiSink>) -> (Partition, Arc
         workers: workers.clone(),
         clock: Arc::new(MonotonicClock::default()),
         doorbells: None,
+        bars: None,
     };
     (Partition::new(config, host).expect("a partition"), workers)
 }

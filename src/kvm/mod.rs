@@ -8,12 +8,14 @@
 //! 3. [`xsave::find_fault`] once, then [`cpuid::guest_cpuid`] for each vCPU, before it runs: the Hyper-V leaves, and the host's
 //!    leaves made fit for a guest without KVM's paravirtual interface;
 //! 4. [`prepare_vcpu`] once for each vCPU;
-//! 5. [`KvmMsiSink`] and [`KvmDoorbells`] are handed to the partition;
+//! 5. [`KvmMsiSink`] and [`KvmDoorbells`] are handed to the partition, and for passed-through
+//!    devices [`KvmBarMapper`] and [`KvmLines`];
 //! 6. on an OUT to the hypercall port, [`hypercall::answer`]; MSR and MMIO exits carry all they
 //!    need themselves.
 //!
 //! Hybrid mode, in which KVM's own Hyper-V emulation takes part, adds [`hybrid`] to it.
 
+mod bars;
 mod capability;
 mod connections;
 pub mod cpuid;
@@ -21,18 +23,21 @@ mod doorbell;
 mod exit;
 pub mod hybrid;
 pub mod hypercall;
+mod lines;
 mod msi;
 mod probe;
 mod sint;
 pub mod survey;
 pub mod xsave;
 
+pub use bars::KvmBarMapper;
 pub use capability::{
     HostSupport, KvmError, forward_msrs, forward_tsc_invariant, prepare_vcpu, prepare_vm, tsc_hz,
 };
 pub use connections::KvmConnections;
 pub use doorbell::KvmDoorbells;
 pub use exit::{HypervExit, PassedCall, answer_hyperv, answer_wrmsr};
+pub use lines::{DEFAULT_MAX_LINES, KvmLines, KvmRoutes, RouteTable};
 pub use msi::KvmMsiSink;
 pub use probe::ProbeFault;
 pub use sint::{IRQCHIP_GSIS, KvmSintLines, irqchip_routes};

@@ -52,7 +52,7 @@ impl MsiSink for KvmMsiSink {
     }
 }
 
-fn to_kvm(msi: Msi) -> kvm_msi {
+pub(super) fn to_kvm(msi: Msi) -> kvm_msi {
     kvm_msi {
         address_lo: msi.address as u32,
         address_hi: (msi.address >> 32) as u32,

@@ -207,6 +207,7 @@ impl Guest {
             workers: host.clone(),
             clock: Arc::new(MonotonicClock::default()),
             doorbells: None,
+            bars: None,
         };
         let kernel = hybrid.then(|| {
             Arc::new(Kernel {

@@ -75,8 +75,8 @@ pub(super) fn assign(
 fn unmap(function: &FunctionSlot, entries: &[u8], entry_len: usize) {
     for entry in entries.chunks_exact(entry_len) {
         if let Ok(message) = parse::<wire::Message>(entry) {
-            let handles = &function.interrupts.handles;
-            handles.delete(message.address.get(), message.data.get());
+            let interrupts = &function.interrupts;
+            interrupts.delete(message.address.get(), message.data.get());
         }
     }
 }

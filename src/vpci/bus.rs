@@ -18,15 +18,15 @@ use super::mmio::MmioSpace;
 use super::protocol::{BusCore, Protocol, ProtocolCounters, Replies};
 use super::slot::{FunctionSlot, IommuLink, SlotHost};
 use super::window::{ConfigWindow, Functions};
-use crate::dma::{DmaCounters, DmaPort};
+use crate::dma::DmaCounters;
 use crate::hv::HvStatus;
 use crate::hv::vpci::{CLASS_ID, MAX_PAYLOAD_LEN, ProtocolVersion};
 use crate::hypercall::RetargetInterrupt;
 use crate::mem::GuestRam;
-use crate::pviommu::{DmaFault, IommuMode, PvIommu};
+use crate::pviommu::{DeviceBackend, DmaFault, IommuMode, PvIommu};
 use crate::vmbus::ring::{PacketKind, Reservation, RingError};
 use crate::vmbus::{ChannelDevice, ChannelIdentity, OpenError, OpenedChannel, RingsState};
-use crate::vmm::{Doorbells, MsiSink, Trigger, Worker, WorkerHost};
+use crate::vmm::{BarMapper, Doorbells, MsiSink, Trigger, Worker, WorkerHost};
 
 /// Least room for a completion in the host-to-guest ring: that of GET_RESOURCES, with a reserve.
 const MIN_COMPLETION: usize = 256;
@@ -54,6 +54,8 @@ pub struct BusHost {
     pub apic_ids: Arc<[u32]>,
     /// Doorbells, where the host has them.
     pub doorbells: Option<Arc<dyn Doorbells>>,
+    /// Maps BARs of host devices into the guest, where the VMM can.
+    pub bars: Option<Arc<dyn BarMapper>>,
     /// The VM's pvIOMMU, if it has one.
     pub iommu: Option<Arc<PvIommu>>,
 }
@@ -204,6 +206,7 @@ impl Bus {
             msi: host.msi,
             apic_ids: host.apic_ids,
             doorbells: host.doorbells,
+            bars: host.bars,
         };
         let instance = config.instance;
         let link = |spec: &FunctionSpec| match (spec.iommu, &host.iommu) {
@@ -255,14 +258,14 @@ impl Bus {
         slots.map(|slot| self.id(slot.number)).collect()
     }
 
-    /// The functions as the pvIOMMU must know them: those behind it with their DMA ports.
+    /// The functions as the pvIOMMU must know them: those behind it with what makes their DMA obey.
     pub(crate) fn iommu_devices(
         &self,
-    ) -> impl Iterator<Item = (LogicalDeviceId, IommuMode, Option<Arc<DmaPort>>)> {
+    ) -> impl Iterator<Item = (LogicalDeviceId, IommuMode, Option<Arc<dyn DeviceBackend>>)> {
         self.core.functions().map(|slot| {
             let mode = slot.iommu_mode();
-            let port = (mode != IommuMode::Off).then(|| slot.dma.clone());
-            (self.id(slot.number), mode, port)
+            let backend = (mode != IommuMode::Off).then(|| slot.dma_backend());
+            (self.id(slot.number), mode, backend)
         })
     }
 
@@ -286,7 +289,8 @@ impl Bus {
     ///
     /// [`HvStatus::INVALID_DEVICE_ID`] if the bus has no such function,
     /// [`HvStatus::INVALID_PARAMETER`] if the message is not one of its live ones, or the vector or
-    /// the targets are impossible.
+    /// the targets are impossible; several targets at once are for a device whose interrupts the
+    /// host's kernel delivers.
     pub fn retarget(&self, function: u8, request: &RetargetInterrupt) -> Result<(), HvStatus> {
         let slot = self
             .core
@@ -305,8 +309,7 @@ impl Bus {
             vector: request.vector,
             target,
         };
-        let handles = &slot.interrupts.handles;
-        handles
+        slot.interrupts
             .retarget(request.msi_address.into(), request.msi_data, route)
             .map_err(|_| HvStatus::INVALID_PARAMETER)
     }

@@ -75,6 +75,14 @@ pub(crate) struct MsiRegisters {
     pub(crate) mask: u32,
 }
 
+impl MsiRegisters {
+    /// The data of one of the messages: its number in the low bits of the data register.
+    pub(crate) fn data_of(&self, message: u32) -> u32 {
+        let low = u32::from(self.messages.max(1)) - 1;
+        u32::from(self.data) & !low | message & low
+    }
+}
+
 /// The MSI-X message control as the guest programmed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct MsixControl {
@@ -179,14 +187,14 @@ impl ConfigSpace {
     }
 
     /// Reads `data.len()` bytes (1, 2 or 4, inside one double word, else all ones). `msi_pending`
-    /// stands in for the pending bits of the MSI capability.
-    pub(crate) fn read(&self, offset: usize, data: &mut [u8], msi_pending: u32) {
+    /// is asked for the pending bits of the MSI capability.
+    pub(crate) fn read(&self, offset: usize, data: &mut [u8], msi_pending: impl FnOnce() -> u32) {
         let Some((index, shift)) = locate(offset, data.len()) else {
             data.fill(0xff);
             return;
         };
         let value = match self.msi {
-            Some((at, _)) if index == at + 5 => msi_pending,
+            Some((at, _)) if index == at + 5 => msi_pending(),
             _ => self.load(index),
         };
         let bytes = (value >> shift).to_le_bytes();

@@ -45,7 +45,7 @@ fn space() -> ConfigSpace {
 
 fn read(space: &ConfigSpace, offset: usize) -> u32 {
     let mut data = [0; 4];
-    space.read(offset, &mut data, 0);
+    space.read(offset, &mut data, || 0);
     u32::from_le_bytes(data)
 }
 
@@ -135,20 +135,20 @@ fn the_command_register_keeps_its_bits_and_status_does_not_change() {
 fn accesses_are_bytes_words_or_double_words_inside_a_double_word() {
     let space = space();
     let mut byte = [0];
-    space.read(3, &mut byte, 0);
+    space.read(3, &mut byte, || 0);
     assert_eq!(byte, [0x56]);
     let mut word = [0; 2];
-    space.read(1, &mut word, 0);
+    space.read(1, &mut word, || 0);
     assert_eq!(word, [0x12, 0x78]);
-    space.read(3, &mut word, 0);
+    space.read(3, &mut word, || 0);
     assert_eq!(word, [0xff; 2]);
     let mut wide = [0; 8];
-    space.read(0, &mut wide, 0);
+    space.read(0, &mut wide, || 0);
     assert_eq!(wide, [0xff; 8]);
     let mut last = [1; 4];
-    space.read(0xffc, &mut last, 0);
+    space.read(0xffc, &mut last, || 0);
     assert_eq!(last, [0; 4]);
-    space.read(0x1000, &mut last, 0);
+    space.read(0x1000, &mut last, || 0);
     assert_eq!(last, [0xff; 4]);
     space.write(0x1a, &[0x77, 0x66]);
     assert_eq!(space.bar(2), 0x6677_0000);
@@ -201,7 +201,7 @@ fn msi_and_msix_registers_reach_the_caller() {
     );
     assert_eq!(write(&space, msi + 20, !0), Changes::default());
     let mut pending = [0; 4];
-    space.read(msi + 20, &mut pending, 5);
+    space.read(msi + 20, &mut pending, || 5);
     assert_eq!(pending, [5, 0, 0, 0]);
 }
 
@@ -237,7 +237,7 @@ proptest! {
         for (offset, data) in &accesses {
             space.write(*offset, data);
             let mut back = data.clone();
-            space.read(*offset, &mut back, 0);
+            space.read(*offset, &mut back, || 0);
             let saved = space.save();
             prop_assert!(space.accepts(&saved));
             let twin = self::space();

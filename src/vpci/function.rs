@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::dma::Dma;
-use crate::pviommu::IommuMode;
+use crate::mem::DeviceMemory;
+use crate::pviommu::{DeviceBackend, IommuMode};
+use crate::vmm::Msi;
 
 /// Number of base address registers in a type 0 header.
 pub const BAR_COUNT: usize = 6;
@@ -114,6 +116,59 @@ pub trait InterruptLines: Send + Sync + Debug {
     fn raise(&self, vector: u16);
 }
 
+/// Which interrupts of a function the guest has switched on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InterruptMode {
+    /// None.
+    #[default]
+    Off,
+    /// MSI.
+    Msi {
+        /// Messages enabled: a power of two, at most those of the layout.
+        messages: u8,
+    },
+    /// MSI-X.
+    Msix,
+}
+
+/// Where the events of a vector go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VectorRoute {
+    /// Into the guest, as this message.
+    To(Msi),
+    /// Nowhere for now: the guest masks the vector. One is kept, and sent when the route is `To`.
+    Held,
+    /// Nowhere: the guest has programmed no live message.
+    Dropped,
+}
+
+/// Interrupts of a device that the host's kernel delivers by itself. Implemented by the device; the bus
+/// says what the guest wants.
+///
+/// Calls come with the guard of a vector, or of the MSI capability, held: they must not call back.
+/// When one returns, nothing is delivered that the former setting allowed and the new one does not.
+pub trait HostVectors: Send + Sync + Debug {
+    /// Switches the interrupts; all routes are [`VectorRoute::Dropped`] afterwards unless the mode is
+    /// what it was. A guest that changes the number of messages while they are on loses what was kept.
+    fn set_mode(&self, mode: InterruptMode);
+
+    /// Sends the events of a vector (MSI-X table index, or MSI message number) somewhere else. Comes
+    /// only while that kind of interrupts is on.
+    fn route(&self, vector: u16, to: VectorRoute);
+
+    /// True if an event of the vector is kept.
+    fn is_pending(&self, vector: u16) -> bool;
+}
+
+/// A piece of a BAR that the guest reaches without an exit.
+#[derive(Debug, Clone)]
+pub struct BarArea {
+    /// Offset of the piece in its BAR, a multiple of the page size.
+    pub offset: u64,
+    /// What is there: whole pages.
+    pub memory: Arc<DeviceMemory>,
+}
+
 /// A function's register in a BAR whose store may ring an eventfd in the kernel.
 #[derive(Debug)]
 pub struct DoorbellRegister {
@@ -205,6 +260,33 @@ pub trait PciFunction: Send + Sync + Debug {
     /// Registers whose stores may ring an eventfd. Asked once, when the function is plugged in.
     fn doorbells(&self) -> Vec<DoorbellRegister> {
         Vec::new()
+    }
+
+    /// Pieces of BAR `bar` that the guest may reach without an exit, apart from each other. Asked once,
+    /// when the function is plugged in. The bus leaves out the pages of the MSI-X structures; accesses
+    /// to a piece come to [`PciFunction::bar_read`] and [`PciFunction::bar_write`] all the same where
+    /// the VMM cannot map it.
+    fn bar_areas(&self, bar: u8) -> Vec<BarArea> {
+        let _ = bar;
+        Vec::new()
+    }
+
+    /// The interrupts, if the host's kernel delivers them and the device does not call
+    /// [`InterruptLines::raise`]. Asked once, when the function is plugged in.
+    fn host_vectors(&self) -> Option<Arc<dyn HostVectors>> {
+        None
+    }
+
+    /// What makes the device's DMA obey its domain, if the device does not use the [`Dma`] that it is
+    /// given. Asked once, when the function is plugged in.
+    fn dma_backend(&self) -> Option<Arc<dyn DeviceBackend>> {
+        None
+    }
+
+    /// The guest switched bus mastering. For a device that does not use [`Dma`], where it is in force
+    /// already: when this returns the device starts no DMA while it is off.
+    fn set_bus_master(&self, on: bool) {
+        let _ = on;
     }
 
     /// Back to the power-on state. When this returns the device starts no DMA and raises no

@@ -44,6 +44,14 @@ pub enum LayoutError {
     /// MSI messages are not 1, 2, 4, 8, 16 or 32.
     #[error("the number of MSI messages is not a power of two of at most 32")]
     Msi,
+    /// Memory of a BAR that is to be mapped into the guest is not whole pages inside the BAR, or overlaps.
+    #[error("memory at BAR {bar} offset {offset:#x} is not whole pages of the BAR")]
+    Area {
+        /// BAR index.
+        bar: u8,
+        /// Offset in the BAR.
+        offset: u64,
+    },
     /// A doorbell lies outside its BAR, or has a bad width.
     #[error("doorbell at BAR {bar} offset {offset:#x} is not a register")]
     Doorbell {

@@ -60,6 +60,6 @@ pub use state::{BusState, FunctionState, RestoreError};
 
 /// Takes a lock. Every critical section here leaves its data consistent at each point where it
 /// calls out, so a panic in a callback does not spoil them.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -237,8 +237,8 @@ impl Protocol {
             T::DeleteInterrupt | T::DeleteInterrupt2 => {
                 let request: wire::DeleteInterrupt = parse(payload)?;
                 let message = request.message;
-                let handles = &core.find(request.slot)?.interrupts.handles;
-                if !handles.delete(message.address.get(), message.data.get()) {
+                let interrupts = &core.find(request.slot)?.interrupts;
+                if interrupts.delete(message.address.get(), message.data.get()) == 0 {
                     self.counters.unknown_deletes += 1;
                 }
                 replies.status(Status::Success);
@@ -437,14 +437,11 @@ impl InterruptRequest {
 
     /// Maps the messages.
     pub(super) fn create(self, function: &FunctionSlot) -> Result<wire::Message, Status> {
-        let handles = &function.interrupts.handles;
-        let data =
-            handles
-                .create(self.vector, self.count, self.vp)
-                .map_err(|error| match error {
-                    HandleError::Full => Status::InsufficientResources,
-                    _ => Status::InvalidParameter,
-                })?;
+        let created = function.interrupts.create(self.vector, self.count, self.vp);
+        let data = created.map_err(|error| match error {
+            HandleError::Full => Status::InsufficientResources,
+            _ => Status::InvalidParameter,
+        })?;
         Ok(wire::Message {
             reserved: 0.into(),
             count: self.count.into(),

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use super::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
 use super::function::{
-    BAR_COUNT, BarSpec, DoorbellRegister, FunctionLayout, FunctionResources, PciFunction,
+    BAR_COUNT, BarArea, BarSpec, DoorbellRegister, FunctionLayout, FunctionResources, PciFunction,
 };
 use super::interrupts::Interrupts;
 use super::layout::{self, LayoutError};
@@ -22,8 +22,8 @@ use super::mmio::{MmioHandler, MmioRegion, MmioSpace};
 use crate::device_id::LogicalDeviceId;
 use crate::dma::{Dma, DmaPort};
 use crate::mem::{GuestRam, PAGE_SIZE};
-use crate::pviommu::{IommuMode, PvIommu};
-use crate::vmm::{Doorbell, Doorbells, MsiSink};
+use crate::pviommu::{DeviceBackend, IommuMode, PvIommu};
+use crate::vmm::{BarMapper, Doorbell, Doorbells, MsiSink};
 
 /// What a function needs of its surroundings.
 #[derive(Debug, Clone)]
@@ -33,6 +33,7 @@ pub(crate) struct SlotHost {
     pub(crate) msi: Arc<dyn MsiSink>,
     pub(crate) apic_ids: Arc<[u32]>,
     pub(crate) doorbells: Option<Arc<dyn Doorbells>>,
+    pub(crate) bars: Option<Arc<dyn BarMapper>>,
 }
 
 /// A function's place behind the pvIOMMU.
@@ -53,6 +54,8 @@ struct Placement {
     bars: [Option<MappedBar>; BAR_COUNT],
     /// Connected doorbells and which register each belongs to.
     doorbells: Vec<(Doorbell, usize)>,
+    /// Where pieces of BARs are mapped into the guest.
+    areas: Vec<u64>,
 }
 
 /// A BAR that answers accesses; dropping it waits for those under way.
@@ -83,6 +86,8 @@ pub(crate) struct FunctionSlot {
     mmio: Arc<MmioSpace>,
     doorbells: Option<Arc<dyn Doorbells>>,
     doorbell_registers: Vec<DoorbellRegister>,
+    mapper: Option<Arc<dyn BarMapper>>,
+    areas: [Vec<BarArea>; BAR_COUNT],
     placement: Mutex<Placement>,
     /// The guest has had the function in its hands since the last reset.
     dirty: AtomicBool,
@@ -123,7 +128,9 @@ impl FunctionSlot {
             &layout,
             host.apic_ids.clone(),
             host.msi.clone(),
+            device.host_vectors(),
         ));
+        let areas = areas(&layout, &*device)?;
         let messages: Weak<Interrupts> = Arc::downgrade(&interrupts);
         dma.set_message_target(messages);
         Ok(Arc::new(Self {
@@ -136,6 +143,8 @@ impl FunctionSlot {
             mmio: host.mmio.clone(),
             doorbells: host.doorbells.clone(),
             doorbell_registers,
+            mapper: host.bars.clone(),
+            areas,
             placement: Mutex::default(),
             dirty: AtomicBool::new(false),
             refused_bars: AtomicU64::new(0),
@@ -155,7 +164,7 @@ impl FunctionSlot {
     /// A guest's load from the configuration space. Takes no lock.
     pub(crate) fn config_read(&self, offset: usize, data: &mut [u8]) {
         self.config
-            .read(offset, data, self.interrupts.msi_pending());
+            .read(offset, data, || self.interrupts.msi_pending());
         if let Some((capability, at, body)) = self.config.body_at(offset, data.len()) {
             self.device.capability_read(capability, at, &body, data);
         }
@@ -187,6 +196,14 @@ impl FunctionSlot {
     /// Whether the function is behind the pvIOMMU.
     pub(crate) fn iommu_mode(&self) -> IommuMode {
         self.link.as_ref().map_or(IommuMode::Off, |link| link.mode)
+    }
+
+    /// What makes the function's DMA obey its domain.
+    pub(crate) fn dma_backend(&self) -> Arc<dyn DeviceBackend> {
+        match self.device.dma_backend() {
+            Some(backend) => backend,
+            None => self.dma.clone(),
+        }
     }
 
     /// The pvIOMMU hears nothing of this function from now on.
@@ -305,11 +322,16 @@ impl FunctionSlot {
     /// Makes mappings and DMA follow the command register.
     fn apply_command(self: &Arc<Self>, placement: &mut Placement) {
         let command = self.config.command();
-        self.dma.set_master(command & COMMAND_MASTER != 0);
+        let master = command & COMMAND_MASTER != 0;
+        if self.dma.is_master() != master {
+            self.dma.set_master(master);
+            self.device.set_bus_master(master);
+        }
         let mapped = placement.bars.iter().any(Option::is_some);
         if command & COMMAND_MEMORY == 0 && !mutant!("decode-off-keeps-bar") {
             if mapped {
                 self.disconnect_doorbells(placement);
+                self.unmap_areas(placement);
                 placement.bars = Default::default();
             }
         } else if !mapped {
@@ -331,6 +353,7 @@ impl FunctionSlot {
             Ok(region) => {
                 placement.bars[bar] = Some(MappedBar { region, handler });
                 self.connect_doorbells(placement, bar, address);
+                self.map_areas(placement, bar, address);
             }
             Err(error) => {
                 let count = self.refused_bars.fetch_add(1, Ordering::Relaxed) + 1;
@@ -362,6 +385,35 @@ impl FunctionSlot {
             match doorbells.add(doorbell, register.eventfd.as_fd()) {
                 Ok(()) => placement.doorbells.push((doorbell, index)),
                 Err(error) => log::debug!("doorbell {doorbell:?} stays a plain register: {error}"),
+            }
+        }
+    }
+
+    /// Lets the guest at the pieces of a BAR that was just mapped. What cannot be mapped answers
+    /// as MMIO.
+    fn map_areas(&self, placement: &mut Placement, bar: usize, address: u64) {
+        let Some(mapper) = &self.mapper else { return };
+        for area in &self.areas[bar] {
+            for piece in BarHandler::direct(&self.layout, bar, area) {
+                let gpa = address + piece.start;
+                let (offset, len) = (piece.start - area.offset, piece.end - piece.start);
+                match mapper.map(gpa, &area.memory, offset, len) {
+                    Ok(()) => placement.areas.push(gpa),
+                    Err(error) => log::warn!(
+                        "{} (function {}): BAR {bar} at {gpa:#x} is reached by exits: {error}",
+                        self.layout.kind,
+                        self.number
+                    ),
+                }
+            }
+        }
+    }
+
+    fn unmap_areas(&self, placement: &mut Placement) {
+        let Some(mapper) = &self.mapper else { return };
+        for gpa in placement.areas.drain(..) {
+            if let Err(error) = mapper.unmap(gpa) {
+                log::error!("BAR memory at {gpa:#x} stays mapped: {error}");
             }
         }
     }
@@ -400,6 +452,31 @@ fn check_doorbell(layout: &FunctionLayout, register: &DoorbellRegister) -> Resul
     }
 }
 
+/// What the device has the guest reach without an exit, checked: inside the BARs, whole pages, apart.
+fn areas(
+    layout: &FunctionLayout,
+    device: &dyn PciFunction,
+) -> Result<[Vec<BarArea>; BAR_COUNT], LayoutError> {
+    let mut all: [Vec<BarArea>; BAR_COUNT] = Default::default();
+    for (bar, areas) in all.iter_mut().enumerate() {
+        *areas = device.bar_areas(bar as u8);
+        areas.sort_by_key(|area| area.offset);
+        let mut free_from = 0;
+        for area in &*areas {
+            let (offset, len) = (area.offset, area.memory.len() as u64);
+            let pages = offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+            let end = offset.checked_add(len);
+            let inside = end.is_some_and(|end| end <= layout.bars[bar].size());
+            if !pages || !inside || offset < free_from {
+                let bar = bar as u8;
+                return Err(LayoutError::Area { bar, offset });
+            }
+            free_from = offset + len;
+        }
+    }
+    Ok(all)
+}
+
 /// Answers accesses to a BAR: the pages of the MSI-X structures belong to the bus, the rest to the
 /// device.
 #[derive(Debug)]
@@ -416,6 +493,11 @@ struct BarHandler {
     /// Pages that the device does not see.
     table_pages: Range<u64>,
     pba_pages: Range<u64>,
+}
+
+/// The pages that hold `len` bytes from `offset` on.
+fn pages(offset: u64, len: u64) -> Range<u64> {
+    offset / PAGE_SIZE * PAGE_SIZE..(offset + len).next_multiple_of(PAGE_SIZE)
 }
 
 /// Who answers an access.
@@ -437,11 +519,7 @@ impl BarHandler {
         let pba = msix.filter(|msix| msix.pba_bar == bar);
         let table_at = table.map(|msix| (u64::from(msix.table_offset), msix.table_len()));
         let pba_at = pba.map(|msix| (u64::from(msix.pba_offset), msix.pba_len()));
-        let pages = |at: Option<(u64, u64)>| {
-            at.map_or(0..0, |(offset, len)| {
-                offset / PAGE_SIZE * PAGE_SIZE..(offset + len).next_multiple_of(PAGE_SIZE)
-            })
-        };
+        let pages = |at: Option<(u64, u64)>| at.map_or(0..0, |(offset, len)| pages(offset, len));
         Self {
             slot,
             bar,
@@ -451,6 +529,37 @@ impl BarHandler {
             table_pages: pages(table_at),
             pba_pages: pages(pba_at),
         }
+    }
+
+    /// The ranges of a BAR in which the guest may reach `area` directly: all but the pages of the MSI-X
+    /// structures.
+    fn direct(layout: &FunctionLayout, bar: usize, area: &BarArea) -> Vec<Range<u64>> {
+        let end = area.offset + area.memory.len() as u64;
+        let whole = area.offset..end;
+        let mut ranges = vec![whole];
+        let structures = layout.msix.into_iter().flat_map(|msix| {
+            [
+                (
+                    msix.table_bar,
+                    u64::from(msix.table_offset),
+                    msix.table_len(),
+                ),
+                (msix.pba_bar, u64::from(msix.pba_offset), msix.pba_len()),
+            ]
+        });
+        for (_, offset, len) in structures.filter(|structure| usize::from(structure.0) == bar) {
+            let pages = pages(offset, len);
+            ranges = ranges
+                .into_iter()
+                .flat_map(|range| {
+                    let below = range.start..range.end.min(pages.start);
+                    let above = range.start.max(pages.end)..range.end;
+                    [below, above]
+                })
+                .filter(|range| range.start < range.end)
+                .collect();
+        }
+        ranges
     }
 
     fn target(&self, offset: u64) -> Target {

@@ -1,6 +1,7 @@
 use super::super::function::{Capability, InterruptLines, MsixSpec, PciIdentity};
 use super::super::testing::{HIGH, LOW, MsiLog, host};
 use super::*;
+use crate::mem::DeviceMemory;
 use crate::vmbus::ring::guest::ram;
 use crate::vmm::Msi;
 use std::io;
@@ -21,6 +22,9 @@ struct Probe {
     slow: Option<(std::sync::Barrier, AtomicBool)>,
     /// Have a capability of four bytes at 0x40.
     capability: bool,
+    /// Offsets and lengths in BAR 2 of pieces that the guest may reach directly.
+    direct: Vec<(u64, usize)>,
+    master: AtomicBool,
 }
 
 impl PciFunction for Probe {
@@ -90,6 +94,19 @@ impl PciFunction for Probe {
         }]
     }
 
+    fn bar_areas(&self, bar: u8) -> Vec<BarArea> {
+        let pieces = self.direct.iter().filter(|_| bar == 2);
+        let area = |&(offset, len): &(u64, usize)| BarArea {
+            offset,
+            memory: Arc::new(device_memory(len)),
+        };
+        pieces.map(area).collect()
+    }
+
+    fn set_bus_master(&self, on: bool) {
+        self.master.store(on, Ordering::SeqCst);
+    }
+
     fn reset(&self) {
         self.resets.fetch_add(1, Ordering::SeqCst);
         if self.restless.load(Ordering::SeqCst) {
@@ -125,24 +142,60 @@ impl Doorbells for Board {
     }
 }
 
+/// Memory of a device that is none.
+fn device_memory(len: usize) -> DeviceMemory {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len as u64).unwrap();
+    DeviceMemory::map(file.as_fd(), 0, len).unwrap()
+}
+
+/// Guest physical addresses that are mapped directly, with offset and length in the device's memory.
+#[derive(Debug, Default)]
+struct Window {
+    live: Mutex<Vec<(u64, u64, u64)>>,
+    fail: AtomicBool,
+}
+
+impl BarMapper for Window {
+    fn map(&self, gpa: u64, memory: &Arc<DeviceMemory>, offset: u64, len: u64) -> io::Result<()> {
+        assert!(offset + len <= memory.len() as u64);
+        if self.fail.load(Ordering::SeqCst) {
+            return Err(io::Error::other("no room"));
+        }
+        lock(&self.live).push((gpa, offset, len));
+        Ok(())
+    }
+
+    fn unmap(&self, gpa: u64) -> io::Result<()> {
+        let mut live = lock(&self.live);
+        let before = live.len();
+        live.retain(|(other, ..)| *other != gpa);
+        assert_eq!(live.len() + 1, before, "unmapped once, after it was mapped");
+        Ok(())
+    }
+}
+
 struct Rig {
     slot: Arc<FunctionSlot>,
     device: Arc<Probe>,
     board: Arc<Board>,
     msi: Arc<MsiLog>,
     mmio: Arc<MmioSpace>,
+    window: Arc<Window>,
 }
 
 fn rig_of(device: Probe) -> Rig {
     let msi = Arc::new(MsiLog::default());
     let from = host(&ram(16), &msi);
     let board = Arc::new(Board::default());
+    let window = Arc::new(Window::default());
     let host = SlotHost {
         ram: from.ram,
         mmio: from.mmio.clone(),
         msi: from.msi,
         apic_ids: from.apic_ids,
         doorbells: Some(board.clone()),
+        bars: Some(window.clone()),
     };
     let device = Arc::new(device);
     let slot = FunctionSlot::new(0, false, device.clone(), &host, None).unwrap();
@@ -153,6 +206,7 @@ fn rig_of(device: Probe) -> Rig {
         board,
         msi,
         mmio: from.mmio,
+        window,
     }
 }
 
@@ -483,4 +537,85 @@ fn an_access_across_a_double_word_does_not_reach_a_capability() {
     assert_eq!(read(0x42, 2), [0x5a; 2]);
     rig.slot.config_write(0x42, &[1, 2]);
     assert_eq!(*lock(&rig.device.stores), [(0, 0, vec![1, 2])]);
+}
+
+#[test]
+fn memory_of_the_device_is_mapped_with_its_bar_but_never_the_msix_pages() {
+    let rig = rig_of(Probe {
+        direct: vec![(0, 0x3000), (0x3000, 0x1000)],
+        ..Probe::default()
+    });
+    rig.slot.set_powered(true);
+    rig.place(BAR0 as u32, HIGH);
+    assert!(lock(&rig.window.live).is_empty());
+    rig.write(4, 2);
+    // The table is in the second page, the pending bits in the third.
+    let mapped = [(HIGH, 0, 0x1000), (HIGH + 0x3000, 0, 0x1000)];
+    assert_eq!(*lock(&rig.window.live), mapped);
+    rig.write(4, 0);
+    assert!(lock(&rig.window.live).is_empty());
+    rig.place(BAR0 as u32, HIGH + 0x4000);
+    rig.write(4, 2);
+    assert_eq!(lock(&rig.window.live)[0], (HIGH + 0x4000, 0, 0x1000));
+    rig.slot.reset(true);
+    assert!(lock(&rig.window.live).is_empty());
+}
+
+#[test]
+fn memory_that_cannot_be_mapped_answers_as_mmio() {
+    let rig = rig_of(Probe {
+        direct: vec![(0, 0x4000)],
+        ..Probe::default()
+    });
+    rig.slot.set_powered(true);
+    rig.window.fail.store(true, Ordering::SeqCst);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    assert_eq!(rig.load(HIGH + 8), 0x0a0a_0a0a);
+    rig.write(4, 0);
+    // A BAR in a bad place maps nothing.
+    rig.window.fail.store(false, Ordering::SeqCst);
+    rig.place(BAR0 as u32, 0x1000);
+    rig.write(4, 2);
+    assert!(lock(&rig.window.live).is_empty());
+}
+
+#[test]
+fn memory_outside_its_bar_or_twice_is_refused() {
+    let from = host(&ram(16), &Arc::new(MsiLog::default()));
+    for (direct, offset) in [
+        (vec![(0, 0x5000)], 0),
+        (vec![(0x800, 0x1000)], 0x800),
+        (vec![(0, 0x2000), (0x1000, 0x1000)], 0x1000),
+        (vec![(u64::MAX - 0xfff, 0x1000)], u64::MAX - 0xfff),
+    ] {
+        let device = Arc::new(Probe {
+            direct,
+            ..Probe::default()
+        });
+        let host = SlotHost {
+            ram: from.ram.clone(),
+            mmio: from.mmio.clone(),
+            msi: from.msi.clone(),
+            apic_ids: from.apic_ids.clone(),
+            doorbells: None,
+            bars: None,
+        };
+        let error = FunctionSlot::new(0, false, device, &host, None).unwrap_err();
+        assert_eq!(error, LayoutError::Area { bar: 2, offset });
+    }
+}
+
+#[test]
+fn a_device_hears_of_bus_mastering_and_of_its_end_at_a_reset() {
+    let rig = rig();
+    let master = || rig.device.master.load(Ordering::SeqCst);
+    assert!(!master());
+    rig.write(4, 4);
+    assert!(master());
+    rig.write(4, 0);
+    assert!(!master());
+    rig.write(4, 4);
+    rig.slot.reset(true);
+    assert!(!master());
 }

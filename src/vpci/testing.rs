@@ -148,6 +148,7 @@ pub(crate) fn host(ram: &GuestRam, msi: &Arc<MsiLog>) -> BusHost {
         msi: msi.clone(),
         apic_ids: Arc::from([0, 2, 4, 6]),
         doorbells: None,
+        bars: None,
         iommu: None,
     }
 }

@@ -215,6 +215,7 @@ impl Embedding {
             workers: functions.workers.clone(),
             clock: Arc::new(MonotonicClock::default()),
             doorbells,
+            bars: None,
         };
         let (partition, lines) = match host.hybrid {
             None => (Partition::new(config, partition_host)?, None),

@@ -169,10 +169,10 @@ impl HandleTable {
     }
 
     /// Unmaps the block whose first message is (`address`, `data`). When this returns nothing is
-    /// delivered to its vectors any more. False if there is no such block.
-    pub(crate) fn delete(&self, address: u64, data: u32) -> bool {
+    /// delivered to its vectors any more. The number of messages: 0 if there is no such block.
+    pub(crate) fn delete(&self, address: u64, data: u32) -> u16 {
         let Some(base) = index(address, data) else {
-            return false;
+            return 0;
         };
         let mut allocator = lock(&self.allocator);
         let count = usize::from(std::mem::take(&mut allocator.blocks[base]));
@@ -181,7 +181,18 @@ impl HandleTable {
         for slot in routes.filter(|_| !mutant!("deleted-handle-lives")) {
             *lock(slot) = None;
         }
-        count != 0
+        count as u16
+    }
+
+    /// What a message becomes, if it is live and goes to one VP.
+    pub(crate) fn message(&self, address: u64, data: u32) -> Option<Msi> {
+        let guard = lock(&self.routes[index(address, data)?]);
+        let route = guard.as_ref()?;
+        let Target::One(vp) = route.target else {
+            return None;
+        };
+        let apic_id = *self.apic_ids.get(vp as usize)?;
+        Some(Msi::fixed(apic_id, route.vector))
     }
 
     /// Unmaps everything.
@@ -326,7 +337,7 @@ mod tests {
         assert_eq!(table.create(0x20, 2, 0), Ok(2));
         // The fourth data value of the block of three stays unused.
         assert_eq!(table.create(0x20, 1, 0), Ok(8));
-        assert!(table.delete(ADDRESS, 0));
+        assert_eq!(table.delete(ADDRESS, 0), 1);
         assert_eq!(table.create(0x20, 1, 0), Ok(0));
         assert_eq!(table.live(), 40);
     }
@@ -344,11 +355,11 @@ mod tests {
             (ADDRESS | 1 << 32, 0),
             (0, 0),
         ] {
-            assert!(!table.delete(address, data));
+            assert_eq!(table.delete(address, data), 0);
         }
         assert_eq!(table.live(), 4);
-        assert!(table.delete(ADDRESS, 0));
-        assert!(!table.delete(ADDRESS, 0));
+        assert_eq!(table.delete(ADDRESS, 0), 4);
+        assert_eq!(table.delete(ADDRESS, 0), 0);
         assert_eq!(table.live(), 0);
     }
 
@@ -463,7 +474,7 @@ mod tests {
                     }
                 } else {
                     let base = *model.keys().nth(pick as usize % model.len()).unwrap();
-                    prop_assert!(table.delete(ADDRESS, base));
+                    prop_assert_ne!(table.delete(ADDRESS, base), 0);
                     model.remove(&base);
                 }
                 let live: usize = model.values().map(|count| usize::from(*count)).sum();
@@ -476,7 +487,7 @@ mod tests {
                 let next = twin.create(0x40, count, 0);
                 prop_assert_eq!(&next, &table.create(0x40, count, 0));
                 if let Ok(base) = next {
-                    prop_assert!(table.delete(ADDRESS, base));
+                    prop_assert_ne!(table.delete(ADDRESS, base), 0);
                 }
             }
         }

@@ -15,13 +15,14 @@
 #![forbid(unsafe_code)]
 
 pub mod handles;
+mod hosted;
 mod state;
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::config::{MsiRegisters, MsixControl};
-use super::function::{FunctionLayout, InterruptLines};
+use super::function::{FunctionLayout, HostVectors, InterruptLines};
 use crate::dma::MessageTarget;
 use crate::vmm::MsiSink;
 
@@ -71,6 +72,8 @@ impl Entry {
 pub(crate) struct Interrupts {
     pub(crate) handles: HandleTable,
     sink: Arc<dyn MsiSink>,
+    /// Who delivers the device's events, if not the device by [`InterruptLines::raise`].
+    host: Option<Arc<dyn HostVectors>>,
     entries: Box<[Mutex<Entry>]>,
     /// MSI-X pending bits; a bit changes only under the lock of its entry.
     pending: Box<[AtomicU64]>,
@@ -84,17 +87,20 @@ pub(crate) struct Interrupts {
 }
 
 impl Interrupts {
-    /// The interrupts of a function with `layout`, all off.
+    /// The interrupts of a function with `layout`, all off. `host` delivers them if the device does
+    /// not raise them itself.
     pub(crate) fn new(
         layout: &FunctionLayout,
         apic_ids: Arc<[u32]>,
         sink: Arc<dyn MsiSink>,
+        host: Option<Arc<dyn HostVectors>>,
     ) -> Self {
         let vectors = layout.msix.map_or(0, |msix| usize::from(msix.vectors));
         let messages = layout.msi.map_or(0, |msi| usize::from(msi.messages));
         Self {
             handles: HandleTable::new(apic_ids),
             sink,
+            host,
             entries: (0..vectors).map(|_| Mutex::new(Entry::RESET)).collect(),
             pending: (0..vectors.div_ceil(64)).map(|_| 0.into()).collect(),
             msix_control: AtomicU8::new(0),
@@ -112,8 +118,16 @@ impl Interrupts {
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
         let bits = bit(control.enabled, MSIX_ENABLED) | bit(control.masked, MSIX_MASKED);
         self.msix_control.store(bits, Ordering::Release);
+        if let Some(msi) = &self.msi {
+            let msi = lock(msi);
+            self.tell_mode(&msi);
+            self.tell_msi(&msi);
+        } else {
+            self.tell_mode(&MsiRegisters::default());
+        }
         for (vector, entry) in self.entries.iter().enumerate() {
             let entry = lock(entry);
+            self.tell_msix(vector, &entry);
             if control.enabled {
                 self.deliver_pending(vector, &entry);
             } else {
@@ -128,6 +142,8 @@ impl Interrupts {
         let Some(msi) = &self.msi else { return };
         let mut current = lock(msi);
         *current = registers;
+        self.tell_mode(&registers);
+        self.tell_msi(&registers);
         if !registers.enabled {
             self.msi_pending.store(0, Ordering::Relaxed);
             return;
@@ -155,7 +171,8 @@ impl Interrupts {
 
     /// Pending bits as the MSI capability shows them.
     pub(crate) fn msi_pending(&self) -> u32 {
-        self.msi_pending.load(Ordering::Relaxed)
+        let own = || self.msi_pending.load(Ordering::Relaxed);
+        self.hosted_msi_pending().unwrap_or_else(own)
     }
 
     /// A load from the MSI-X table: 4 or 8 bytes, aligned; anything else reads all ones.
@@ -197,6 +214,7 @@ impl Interrupts {
             }
         }
         if self.msix_control.load(Ordering::Acquire) & MSIX_ENABLED != 0 {
+            self.tell_msix(vector, &entry);
             self.deliver_pending(vector, &entry);
         }
     }
@@ -204,12 +222,13 @@ impl Interrupts {
     /// A load from the pending bit array; rules as for the table.
     pub(crate) fn pba_read(&self, offset: u64, data: &mut [u8]) {
         read_dwords(offset, data, |offset| {
-            let word = self.pending.get((offset / 8) as usize);
-            let bits = mutant!(
-                "pending-bits-hidden",
-                0,
+            let index = (offset / 8) as usize;
+            let own = || {
+                let word = self.pending.get(index);
                 word.map_or(0, |word| word.load(Ordering::Relaxed))
-            );
+            };
+            let all = self.hosted_pending(index * 64).unwrap_or_else(own);
+            let bits = mutant!("pending-bits-hidden", 0, all);
             (bits >> (offset % 8 * 8)) as u32
         });
     }
@@ -284,8 +303,7 @@ impl Interrupts {
     }
 
     fn send_msi(&self, registers: &MsiRegisters, message: u32) {
-        let low = u32::from(registers.messages.max(1)) - 1;
-        let data = u32::from(registers.data) & !low | message & low;
+        let data = registers.data_of(message);
         self.send(message as usize, registers.address, data);
     }
 

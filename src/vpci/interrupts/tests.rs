@@ -47,7 +47,7 @@ fn layout() -> FunctionLayout {
 fn interrupts() -> (Interrupts, Arc<Log>) {
     let log = Arc::new(Log::default());
     let apic_ids = Arc::from([0, 1, 2, 3]);
-    (Interrupts::new(&layout(), apic_ids, log.clone()), log)
+    (Interrupts::new(&layout(), apic_ids, log.clone(), None), log)
 }
 
 /// Programs an MSI-X entry and unmasks it.
@@ -270,7 +270,7 @@ fn no_event_is_lost_or_goes_the_old_way_while_a_message_is_retargeted() {
         forbidden: (0..256).map(|_| AtomicBool::new(false)).collect(),
         violations: AtomicUsize::new(0),
     });
-    let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), watch.clone());
+    let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), watch.clone(), None);
     let data = interrupts.handles.create(0x20, 1, 0).unwrap();
     program(&interrupts, 0, ADDRESS, data);
     interrupts.set_msix_control(ON);
@@ -314,7 +314,7 @@ fn every_event_comes_out_once_while_vectors_are_masked_and_retargeted() {
         forbidden: (0..256).map(|_| AtomicBool::new(false)).collect(),
         violations: AtomicUsize::new(0),
     });
-    let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), watch.clone());
+    let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), watch.clone(), None);
     let data = interrupts.handles.create(0x20, 1, 0).unwrap();
     program(&interrupts, 0, ADDRESS, data);
     interrupts.set_msix_control(ON);
@@ -521,7 +521,7 @@ fn whoever_masks_moves_or_unmaps_a_vector_waits_for_its_delivery_under_way() {
                 .retarget(ADDRESS, 0, to(0x99, 1))
                 .unwrap();
         },
-        |interrupts| assert!(interrupts.handles.delete(ADDRESS, 0)),
+        |interrupts| assert_eq!(interrupts.delete(ADDRESS, 0), 1),
         |interrupts| interrupts.table_write(12, &1u32.to_le_bytes()),
         |interrupts| interrupts.set_msix_control(MASKED),
         |interrupts| interrupts.set_msix_control(MsixControl::default()),
@@ -532,7 +532,7 @@ fn whoever_masks_moves_or_unmaps_a_vector_waits_for_its_delivery_under_way() {
             inside: std::sync::Barrier::new(2),
             left: AtomicBool::new(false),
         });
-        let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), slow.clone());
+        let interrupts = Interrupts::new(&layout(), Arc::from([0, 1]), slow.clone(), None);
         let data = interrupts.handles.create(0x20, 1, 0).unwrap();
         program(&interrupts, 0, ADDRESS, data);
         interrupts.set_msix_control(ON);

@@ -186,6 +186,7 @@ impl SimVm {
             workers: workers.clone(),
             clock: Arc::new(MonotonicClock::default()),
             doorbells: None,
+            bars: None,
         };
         let partition = Partition::new(config, services).map_err(|error| failed(&error))?;
         let vm = Self {

@@ -127,6 +127,7 @@ impl KvmMachine {
             workers: workers.clone(),
             clock: Arc::new(MonotonicClock::default()),
             doorbells,
+            bars: None,
         };
         let partition = match host.kernel_mode(&vm, &vcpus)? {
             None => Partition::new(config, partition_host),
