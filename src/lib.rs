@@ -100,8 +100,9 @@
 //!
 //! # Features
 //!
-//! `kvm` (the KVM transport) and `devices` (virtio-blk and virtio-rng on `event-manager`) are on by
-//! default; without them the portable core remains, which needs no Linux-only crate.
+//! `kvm` (the KVM transport), `devices` (virtio-blk and virtio-rng on `event-manager`) and `vfio`
+//! (devices of the host) are on by default; without them the portable core remains, which needs no
+//! Linux-only crate.
 #![deny(unsafe_code)]
 
 /// A place where the mutation check of the conformance suite can break the library
@@ -145,6 +146,8 @@ pub mod mutants;
 pub mod partition;
 pub mod pviommu;
 pub mod synic;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 pub mod vmbus;
 pub mod vmm;
 pub mod vpci;

@@ -19,6 +19,8 @@ use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromBytes, IntoBytes};
 
 pub use device::DeviceMemory;
+#[cfg(feature = "vfio")]
+pub(crate) use snapshot::RamPiece;
 pub(crate) use snapshot::{Snapshot, Span};
 
 /// Bytes in a guest page, the unit of every GPN and PFN of the Hyper-V interface (4 KiB on every

@@ -151,6 +151,42 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The pieces of a range, region by region.
+    #[cfg(feature = "vfio")]
+    #[allow(dead_code)]
+    pub(crate) fn pieces(&self, gpa: u64, len: u64) -> Result<Vec<RamPiece>, MemError> {
+        self.check(gpa, len)?;
+        let end = gpa + len;
+        let regions = self.regions.iter();
+        let touched = regions.filter(|region| region.start < end && gpa < region.end());
+        Ok(touched
+            .map(|region| {
+                let start = gpa.max(region.start);
+                RamPiece {
+                    mapping: region.mapping.clone(),
+                    gpa: start,
+                    offset: region.offset(start),
+                    len: end.min(region.end()) - start,
+                }
+            })
+            .collect())
+    }
+
+    /// All regions, in order.
+    #[cfg(feature = "vfio")]
+    #[allow(dead_code)]
+    pub(crate) fn all_pieces(&self) -> Vec<RamPiece> {
+        let regions = self.regions.iter();
+        regions
+            .map(|region| RamPiece {
+                mapping: region.mapping.clone(),
+                gpa: region.start,
+                offset: 0,
+                len: region.len,
+            })
+            .collect()
+    }
+
     /// A 32-bit word.
     #[inline]
     pub(crate) fn u32(&self, gpa: u64) -> Result<&AtomicU32, MemError> {
@@ -189,6 +225,42 @@ fn word_error(error: &VolatileMemoryError, gpa: u64, size: u64) -> MemError {
     match error {
         VolatileMemoryError::Misaligned { .. } => MemError::Misaligned { gpa, align: size },
         _ => MemError::NotRam { gpa, len: size },
+    }
+}
+
+/// Guest RAM that the host's kernel can be told of: consecutive in guest physical addresses and in
+/// this process. The memory stays mapped while this lives.
+#[derive(Debug, Clone)]
+#[cfg(feature = "vfio")]
+#[allow(dead_code)]
+pub(crate) struct RamPiece {
+    mapping: Arc<MmapRegion>,
+    gpa: u64,
+    offset: usize,
+    len: u64,
+}
+
+#[cfg(feature = "vfio")]
+#[allow(dead_code)]
+impl RamPiece {
+    /// Guest physical address of its first byte.
+    pub(crate) fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Where its first byte is in this process: a number for the kernel.
+    pub(crate) fn host_address(&self) -> u64 {
+        self.mapping.as_ptr() as u64 + self.offset as u64
+    }
+
+    /// True if this process may write it.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.mapping.prot() & libc::PROT_WRITE != 0
     }
 }
 
