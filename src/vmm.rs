@@ -2,7 +2,8 @@
 //!
 //! Each trait says one thing, in the library's own terms, so that an embedder is not tied to the
 //! versions of the KVM or VFIO crates that this library uses. Calls into these traits are made
-//! with no lock of the library held, with one exception: [`MsiSink::raise_msi`] is a leaf.
+//! with no lock of the library held, with two exceptions: [`MsiSink::raise_msi`] and
+//! [`TrackedPages::change`] are leaves.
 #![forbid(unsafe_code)]
 
 use std::fmt::Debug;
@@ -170,6 +171,24 @@ pub trait ConnectionEvents: Send + Sync + Debug {
     ///
     /// The host's error, which is logged; [`io::ErrorKind::NotFound`] if it was not connected.
     fn remove(&self, connection_id: u32) -> io::Result<()>;
+}
+
+/// Takes the right to write some pages of RAM from the vCPUs, so that their stores come to
+/// [`Shadow::store`](crate::backend::shadow::Shadow::store) instead. Needed only for domains with page
+/// tables on hosts that cannot walk these themselves.
+pub trait TrackedPages: Send + Sync + Debug {
+    /// Tracks the pages of `track` and lets go of those of `untrack`: page-aligned addresses in RAM,
+    /// by address, each once. When this returns, all that vCPUs stored to the pages of `track` so
+    /// far is in RAM, and each later store traps before it has an effect.
+    ///
+    /// Called on vCPU threads, among others, and with locks of the library held: must not call back,
+    /// and must not wait for a vCPU that is not inside the guest.
+    ///
+    /// # Errors
+    ///
+    /// The host's error. Pages of `track` may be tracked or not then; those of `untrack` still are,
+    /// or their stores trap no more: either is fine.
+    fn change(&self, track: &[u64], untrack: &[u64]) -> io::Result<()>;
 }
 
 /// The partition's reference time.

@@ -10,6 +10,7 @@
 
 mod intervals;
 pub mod nested;
+pub mod shadow;
 mod space;
 
 use std::fmt::Debug;

@@ -1,6 +1,7 @@
 //! The regions of guest RAM as they were at one moment.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -104,6 +105,13 @@ impl Snapshot {
     pub(super) fn overlaps(&self, gpa: u64, end: u64) -> bool {
         let mut regions = self.regions.iter();
         regions.any(|region| region.start < end && gpa < region.end())
+    }
+
+    /// The parts of `gpa..end` that are RAM, region by region.
+    pub(crate) fn parts(&self, gpa: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
+        let part = move |region: &Region| region.start.max(gpa)..region.end().min(end);
+        let parts = self.regions.iter().map(part);
+        parts.filter(|part| part.start < part.end)
     }
 
     /// As [`GuestRam::read`](super::GuestRam::read).

@@ -44,15 +44,15 @@ pub use directory::IommuMode;
 pub(crate) use iotlb::Iotlb;
 pub use iotlb::IotlbCounters;
 pub use state::{DeviceState, DomainState, IommuState, IommuStateError};
-pub(crate) use translation::touches_interrupts;
 pub use translation::{
     Access, Attachment, DmaFault, FaultCause, FlushRange, Levels, PageTable, Translation,
 };
+pub(crate) use translation::{leaf_size, touches_interrupts};
 pub use unit::{
     AddDeviceError, DeviceReport, DomainName, DomainReport, IommuConfig, IommuConfigError,
     IommuCounters, IommuReport, PvIommu,
 };
-pub(crate) use walk::walk;
+pub(crate) use walk::{judge, walk};
 
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -98,7 +98,12 @@ fn is_leaf(value: u64, level: u8) -> bool {
 }
 
 /// Checks one entry. True for a leaf.
-fn judge(value: u64, level: u8, unusable: u64, access: Access) -> Result<bool, FaultCause> {
+pub(crate) fn judge(
+    value: u64,
+    level: u8,
+    unusable: u64,
+    access: Access,
+) -> Result<bool, FaultCause> {
     if value & entry::PRESENT == 0 {
         return Err(FaultCause::NotPresent { level });
     }

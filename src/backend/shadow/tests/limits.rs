@@ -1,0 +1,171 @@
+//! What happens when a guest, or the host, goes too far.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use super::*;
+
+/// The domain is blocked: nothing is mapped, tracked or followed, and flushes succeed.
+fn assert_blocked(bed: &Bed, space: &FakeSpace, domain: &dyn PagedDomain) {
+    assert!(space.ranges().is_empty());
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    domain.flush_all();
+    domain.flush(&range(IOVA, 0));
+    bed.set(0x4000, 4, 0x8000 | PAGE);
+    assert!(space.ranges().is_empty());
+    let counters = bed.shadow.counters();
+    assert_eq!(
+        (counters.tables, counters.mappings, counters.blocked),
+        (0, 0, 1)
+    );
+}
+
+#[test]
+fn a_table_that_leads_to_itself_is_a_table_at_each_level() {
+    let bed = Bed::new(config());
+    let space = FakeSpace::new(None);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    bed.set(0x1000, 0, 0x1000 | PAGE);
+    assert_eq!(bed.shadow.counters().tables, 4);
+    assert_eq!(bed.shadow.counters().tracked_pages, 1);
+    assert_eq!(space.find(0), Some((0x1000, true)));
+    // At its four places: a leaf, and a table that is three tables and a leaf, and so on.
+    bed.set(0x1000, 1, 0x1000 | PAGE);
+    assert_eq!(bed.shadow.counters().tables, 1 + 2 + 4 + 8);
+    assert_eq!(space.ranges().len(), 16);
+    bed.set(0x1000, 0, 0);
+    domain.flush_all();
+    assert_eq!(bed.shadow.counters().tables, 4);
+    assert_eq!(space.ranges().len(), 1);
+}
+
+#[test]
+fn absurd_tables_block_the_domain_in_little_time() {
+    let bed = Bed::new(config());
+    let space = FakeSpace::new(None);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    let other = FakeSpace::new(None);
+    bed.set(0x9000, 0, 0xa000 | LINK);
+    let _other = bed.follow(0x9000, &other).unwrap();
+    let start = Instant::now();
+    let mut blocked_at = None;
+    for index in 0..512 {
+        bed.set(0x1000, index, 0x1000 | PAGE);
+        if bed.shadow.counters().blocked != 0 {
+            blocked_at = blocked_at.or(Some(index));
+        }
+    }
+    assert!(blocked_at.is_some_and(|index| index < 32), "{blocked_at:?}");
+    // 512^4 leaves: what is attached anew is refused at once.
+    assert!(bed.follow(0x1000, &FakeSpace::new(None)).is_err());
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(space.ranges().is_empty());
+    domain.flush_all();
+    // Another domain does not notice.
+    bed.set(0xa000, 0, 0xb000 | LINK);
+    bed.set(0xb000, 0, 0xc000 | LINK);
+    bed.set(0xc000, 0, 0xd000 | PAGE);
+    assert_eq!(other.find(0), Some((0xd000, true)));
+}
+
+#[test]
+fn each_limit_blocks() {
+    let configs = [
+        ShadowConfig {
+            max_pages: 4,
+            ..config()
+        },
+        ShadowConfig {
+            max_tables: 4,
+            ..config()
+        },
+        ShadowConfig {
+            max_places: 1,
+            ..config()
+        },
+        ShadowConfig {
+            max_mappings: 1,
+            ..config()
+        },
+    ];
+    for (config, way) in configs.into_iter().zip(0..) {
+        let bed = Bed::new(config);
+        let space = FakeSpace::new(None);
+        mapped(&bed);
+        let domain = bed.follow(0x1000, &space).unwrap();
+        assert_eq!(space.ranges().len(), 1, "{config:?}");
+        match way {
+            // A fifth page, at a fifth place.
+            0 | 1 => bed.set(0x3000, 4, 0x5000 | LINK),
+            2 => bed.set(0x3000, 4, 0x4000 | LINK),
+            _ => bed.set(0x4000, 5, 0x9000 | PAGE),
+        }
+        assert_blocked(&bed, &space, &*domain);
+    }
+    // The host's own limit, met by a table that is linked as a whole.
+    let bed = Bed::new(config());
+    let space = FakeSpace::new(Some(2));
+    mapped(&bed);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    bed.set(0x5000, 0, 0x9000 | PAGE);
+    bed.set(0x5000, 1, 0xa000 | PAGE);
+    bed.set(0x3000, 4, 0x5000 | LINK);
+    assert_blocked(&bed, &space, &*domain);
+}
+
+#[test]
+fn a_domain_that_was_blocked_can_be_followed_anew() {
+    let bed = Bed::new(ShadowConfig {
+        max_mappings: 1,
+        ..config()
+    });
+    let space = FakeSpace::new(None);
+    mapped(&bed);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    bed.set(0x4000, 5, 0x9000 | PAGE);
+    assert!(space.ranges().is_empty());
+    let again = FakeSpace::new(None);
+    assert!(bed.follow(0x1000, &again).is_err());
+    assert!(again.ranges().is_empty());
+    bed.set(0x4000, 5, 0);
+    let again_domain = bed.follow(0x1000, &again).unwrap();
+    assert_eq!(again.find(IOVA), Some((0x8000, true)));
+    drop((domain, again_domain));
+    assert!(bed.tracker.tracked.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_host_that_fails_costs_the_domain_and_nothing_else() {
+    // Tracking.
+    let bed = Bed::new(config());
+    let space = FakeSpace::new(None);
+    mapped(&bed);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    *bed.tracker.broken.lock().unwrap() = true;
+    bed.set(0x3000, 4, 0x5000 | LINK);
+    assert_eq!(
+        bed.get(0x3000, 4),
+        0x5000 | LINK,
+        "the guest's store is done"
+    );
+    *bed.tracker.broken.lock().unwrap() = false;
+    assert_blocked(&bed, &space, &*domain);
+    // Maps, and unmaps in a flush.
+    for unmap in [false, true] {
+        let bed = Bed::new(config());
+        let space = FakeSpace::new(None);
+        mapped(&bed);
+        let domain = bed.follow(0x1000, &space).unwrap();
+        bed.set(0x4000, 4, 0);
+        *space.fails_in.lock().unwrap() = Some(0);
+        match unmap {
+            true => domain.flush(&range(IOVA, 0)),
+            false => bed.set(0x4000, 5, 0x9000 | PAGE),
+        }
+        assert_blocked(&bed, &space, &*domain);
+    }
+}
