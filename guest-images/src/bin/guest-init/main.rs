@@ -13,6 +13,7 @@ mod capacity;
 mod disk;
 mod dma;
 mod guest;
+mod inspect;
 mod interrupts;
 mod ioctl;
 mod kmsg;

@@ -1,5 +1,6 @@
 //! One run of the reference VMM: started, listened to, limited in time, ended.
 
+use crate::inspect;
 use crate::system::put;
 use anyhow::{Context, Result, bail};
 use guest_images::report::{EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
@@ -24,6 +25,8 @@ const END_OF_FAULT: &str = "---[ end trace";
 /// How long a guest goes on after a fault: it has failed, and whatever waits for what the fault
 /// interrupted waits for ever.
 const FAULT_LIMIT: Duration = Duration::from_secs(30);
+/// Longest silence of a guest that is taken for ordinary.
+const QUIET_LIMIT: Duration = Duration::from_secs(45);
 /// How long a VMM gets to end by itself after it was asked to.
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// How long a bus that was taken away may keep its name.
@@ -163,10 +166,16 @@ struct Vmm<'a> {
 impl Vmm<'_> {
     /// Handles console lines until the VMM closes its output or the time is over.
     fn follow(&mut self, lines: &Receiver<String>, mut deadline: Instant) {
+        let mut inspected = false;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match lines.recv_timeout(left) {
+            let quiet = left.min(QUIET_LIMIT);
+            match lines.recv_timeout(if inspected { left } else { quiet }) {
                 Ok(line) => {
+                    if line.contains(FAIL_PREFIX) && !inspected {
+                        inspected = true;
+                        inspect::show(self.child.id());
+                    }
                     if line.contains(END_OF_FAULT) {
                         deadline = deadline.min(Instant::now() + FAULT_LIMIT);
                         self.fail("the guest's kernel has a fault: see its console".into());
@@ -176,6 +185,10 @@ impl Vmm<'_> {
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) if !inspected && left > quiet => {
+                    inspected = true;
+                    inspect::show(self.child.id());
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     self.fail(format!("not done after {} s", self.run.time_limit_s));
                     return;
