@@ -115,6 +115,8 @@ pub enum MsrError {
 
 /// State of [`PartitionMsrs`] for save and restore. Guest RAM is saved by the VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct PartitionMsrsState {
     /// Version of this layout: [`PartitionMsrsState::VERSION`].
     pub version: u32,

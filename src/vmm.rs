@@ -198,25 +198,50 @@ pub trait Clock: Send + Sync + Debug {
     fn reference_time(&self) -> u64;
 }
 
-/// A [`Clock`] that counts from its own creation with the host's monotonic clock.
+/// A [`Clock`] that counts on from a given time, 0 by default, with the host's monotonic clock.
 #[derive(Debug)]
-pub struct MonotonicClock(std::time::Instant);
+pub struct MonotonicClock {
+    start: std::time::Instant,
+    at_start: u64,
+}
+
+impl MonotonicClock {
+    /// Goes on at `time`, in units of 100 ns: what [`Clock::reference_time`] was when the partition
+    /// was saved.
+    pub fn starting_at(time: u64) -> Self {
+        Self {
+            start: std::time::Instant::now(),
+            at_start: time,
+        }
+    }
+}
 
 impl Default for MonotonicClock {
     fn default() -> Self {
-        Self(std::time::Instant::now())
+        Self::starting_at(0)
     }
 }
 
 impl Clock for MonotonicClock {
     fn reference_time(&self) -> u64 {
-        (self.0.elapsed().as_nanos() / 100) as u64
+        let elapsed = (self.start.elapsed().as_nanos() / 100) as u64;
+        self.at_start.wrapping_add(elapsed)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_goes_on_where_it_was() {
+        let clock = MonotonicClock::starting_at(1 << 40);
+        let now = clock.reference_time();
+        assert!(now >= 1 << 40 && now < 1 << 41);
+        assert!(clock.reference_time() >= now);
+        // A saved time is not trusted.
+        let _ = MonotonicClock::starting_at(u64::MAX).reference_time();
+    }
 
     #[test]
     fn wide_apic_ids_go_to_the_high_half_of_the_address() {

@@ -11,7 +11,7 @@ use std::io::{self, Read, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{
@@ -54,12 +54,18 @@ impl Signal {
 struct Subscriber {
     signal: Arc<Signal>,
     worker: Weak<dyn Worker>,
+    gate: Arc<Gate>,
+    /// Held during a step, by its thread; by others to keep the thread from the next one.
+    step: Arc<Mutex<()>>,
     /// Why the eventfd could not be watched, for [`EventLoop::adopt`] to return.
     refused: Arc<OnceLock<event_manager::Error>>,
 }
 
 impl MutEventSubscriber for Subscriber {
     fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
+        self.gate.pass();
+        let step = self.step.clone();
+        let _step = lock(&step);
         // Cleared before the work, so that a trigger during the work causes another run.
         self.signal.clear();
         match self.worker.upgrade() {
@@ -123,8 +129,30 @@ impl Drop for WorkerTrigger {
     }
 }
 
+/// Keeps the threads of a loop back: a busy one would take its own lock again before whoever wants it
+/// has woken up.
+#[derive(Debug, Default)]
+struct Gate {
+    shut: AtomicBool,
+    holder: Mutex<()>,
+}
+
+impl Gate {
+    /// A thread of the loop waits here while the gate is shut.
+    fn pass(&self) {
+        if self.shut.load(Ordering::Acquire) {
+            drop(lock(&self.holder));
+        }
+    }
+}
+
+fn lock(mutex: &Mutex<()>) -> MutexGuard<'_, ()> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 struct LoopThread {
     endpoint: Endpoint,
+    step: Arc<Mutex<()>>,
     /// Taken when the loop stops.
     handle: Option<JoinHandle<()>>,
 }
@@ -135,6 +163,7 @@ pub struct EventLoop {
     threads: Vec<LoopThread>,
     next: AtomicUsize,
     stop: Arc<AtomicBool>,
+    gate: Arc<Gate>,
 }
 
 impl Debug for EventLoop {
@@ -158,6 +187,7 @@ impl EventLoop {
             threads: Vec::with_capacity(threads.get()),
             next: AtomicUsize::new(0),
             stop: Arc::new(AtomicBool::new(false)),
+            gate: Arc::default(),
         };
         for index in 0..threads.get() {
             let mut manager = Manager::new().map_err(io::Error::other)?;
@@ -168,10 +198,24 @@ impl EventLoop {
                 .spawn(move || run(&mut manager, &stop))?;
             event_loop.threads.push(LoopThread {
                 endpoint,
+                step: Arc::default(),
                 handle: Some(handle),
             });
         }
         Ok(event_loop)
+    }
+
+    /// Stops all workers between two steps, until the result is dropped; triggers are kept for
+    /// then. No worker can be adopted meanwhile: whoever tries waits. Not to be called from a worker
+    /// of this loop, which would wait for itself.
+    pub fn pause(&self) -> Paused<'_> {
+        let holder = lock(&self.gate.holder);
+        self.gate.shut.store(true, Ordering::Release);
+        Paused {
+            gate: &self.gate,
+            _holder: holder,
+            _steps: self.threads.iter().map(|thread| lock(&thread.step)).collect(),
+        }
     }
 
     fn is_loop_thread(&self) -> bool {
@@ -180,6 +224,21 @@ impl EventLoop {
             .iter()
             .filter_map(|t| t.handle.as_ref())
             .any(|h| h.thread().id() == current)
+    }
+}
+
+/// No worker of an [`EventLoop`] runs while this lives.
+#[derive(Debug)]
+#[must_use = "the workers go on when it is dropped"]
+pub struct Paused<'a> {
+    gate: &'a Gate,
+    _holder: MutexGuard<'a, ()>,
+    _steps: Vec<MutexGuard<'a, ()>>,
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.gate.shut.store(false, Ordering::Release);
     }
 }
 
@@ -210,6 +269,8 @@ impl WorkerHost for EventLoop {
         let subscriber = Subscriber {
             signal: signal.clone(),
             worker,
+            gate: self.gate.clone(),
+            step: self.threads[index].step.clone(),
             refused: refused.clone(),
         };
         let id = endpoint
@@ -252,7 +313,6 @@ impl Drop for EventLoop {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::time::Duration;
 
@@ -340,6 +400,26 @@ mod tests {
             .take_while(|name| *name != "other")
             .count();
         assert!(before < 10_000, "the other worker starved");
+    }
+
+    #[test]
+    fn paused_workers_stand_still_however_busy_they_are() {
+        let host = event_loop(2);
+        let (busy, runs) = Counter::new("busy", usize::MAX);
+        let (idle, idle_runs) = Counter::new("idle", 0);
+        let trigger = host.adopt(weak(&busy)).unwrap();
+        let idle_trigger = host.adopt(weak(&idle)).unwrap();
+        trigger.trigger();
+        for _ in 0..20 {
+            runs.recv_timeout(SOON).unwrap();
+            let paused = host.pause();
+            while runs.try_recv().is_ok() {}
+            idle_trigger.trigger();
+            assert!(runs.recv_timeout(Duration::from_millis(5)).is_err());
+            assert!(idle_runs.try_recv().is_err());
+            drop(paused);
+            idle_runs.recv_timeout(SOON).unwrap();
+        }
     }
 
     #[test]

@@ -148,6 +148,8 @@ fn extend(hash: u64, bytes: &[u8]) -> u64 {
 
 /// A job under way: the registers as they were when it was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Job {
     /// [`COMMAND_COPY`], [`COMMAND_FILL`] or [`COMMAND_CHECKSUM`].
     pub command: u32,
@@ -165,6 +167,8 @@ pub struct Job {
 
 /// The device as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct TestDeviceState {
     /// 1.
     pub version: u32,

@@ -16,6 +16,8 @@ use crate::vpci::{BusState, RestoreError};
 /// A [`Partition`] as plain data. Guest RAM and the virtual CPUs are saved by the VMM; the state of
 /// a device by the device; counters and the reference time start anew.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct PartitionState {
     /// [`PartitionState::VERSION`].
     pub version: u32,
@@ -39,6 +41,8 @@ impl PartitionState {
 
 /// A bus that is plugged in, as plain data.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct PluggedState {
     /// Instance GUID.
     pub instance: Uuid,

@@ -11,6 +11,8 @@ use crate::hv::pviommu::{DOMAIN_DEFAULT, DOMAIN_NULL};
 
 /// A pvIOMMU as plain data.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct IommuState {
     /// [`IommuState::VERSION`].
     pub version: u32,
@@ -27,6 +29,8 @@ impl IommuState {
 
 /// A domain as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct DomainState {
     /// Its number.
     pub number: u32,
@@ -36,6 +40,8 @@ pub struct DomainState {
 
 /// A function behind the pvIOMMU as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct DeviceState {
     /// Its id, zero-extended.
     pub id: u64,

@@ -27,6 +27,7 @@ impl fmt::Display for Access {
 
 /// Levels of a first-stage table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Levels {
     /// 4 levels: addresses of 48 bits.
     Four,
@@ -51,6 +52,8 @@ impl Levels {
 
 /// A guest's first-stage table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct PageTable {
     /// GPA of the root: a page of guest RAM.
     pub root: u64,
@@ -60,6 +63,7 @@ pub struct PageTable {
 
 /// What happens to a device's addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Translation {
     /// An I/O virtual address is a guest physical address.
     Identity,

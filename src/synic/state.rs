@@ -11,6 +11,8 @@ use super::vp::{Message, VpSynic, page_is_valid, sint_is_valid};
 
 /// State of a [`super::UserSynic`]. The pages themselves are guest RAM, which the VMM saves.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct SynicState {
     /// Version of this layout: [`SynicState::VERSION`].
     pub version: u32,
@@ -25,6 +27,8 @@ impl SynicState {
 
 /// State of one VP.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct VpSynicState {
     /// SCONTROL.
     pub scontrol: u64,
@@ -42,6 +46,8 @@ pub struct VpSynicState {
 
 /// A message that waits for a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct MessageState {
     /// SINT, 0 to 15.
     pub sint: u8,

@@ -12,6 +12,8 @@ use crate::synic::SynicPort;
 
 /// What the guest finds a channel by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct ChannelIdentity {
     /// Interface (class) GUID: which driver binds.
     pub class: Uuid,

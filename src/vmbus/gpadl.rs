@@ -12,6 +12,8 @@ use crate::mem::{GuestRam, PAGE_SIZE};
 
 /// A GPADL, complete or under construction. Plain data; part of a saved state.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct GpadlState {
     /// Channel that it belongs to.
     pub relid: u16,

@@ -27,11 +27,13 @@ pub use state::{ServerState, StateError};
 
 /// A channel of this server; never used again after its offer is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ChannelId(pub(super) u64);
 
 /// What the adapter has to do, in order. [`Action::Open`] and [`Action::Close`] are answered with
 /// [`Server::opened`] and [`Server::closed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Action {
     /// Open the device with [`Server::ring_pages`].
     Open(ChannelId),
@@ -47,6 +49,8 @@ pub enum Action {
 
 /// A message on its way to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Outgoing {
     /// VP that takes it.
     pub vp: u32,
@@ -58,6 +62,8 @@ pub struct Outgoing {
 
 /// Parameters of an OPEN_CHANNEL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct OpenParams {
     /// Echoed in the result.
     pub open_id: u32,
@@ -71,6 +77,7 @@ pub struct OpenParams {
 
 /// State of a channel (docs/spec/vmbus.md#vmbus-5-1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Phase {
     /// The guest does not know of it: it has not asked for offers, or gave the id back.
     Withheld,
@@ -88,6 +95,7 @@ pub enum Phase {
 
 /// What follows a close that is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum AfterClose {
     /// The channel stays offered.
     Offer,
@@ -99,6 +107,8 @@ pub enum AfterClose {
 
 /// A channel. Plain data; part of a saved state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Channel {
     /// GUIDs of the offer.
     pub identity: ChannelIdentity,
@@ -124,6 +134,8 @@ impl Channel {
 
 /// An established connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Contact {
     /// Version agreed on.
     pub version: Version,
@@ -137,6 +149,8 @@ pub struct Contact {
 
 /// A valid INITIATE_CONTACT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct ContactRequest {
     /// Version asked for.
     pub version: Version,
@@ -150,6 +164,7 @@ pub struct ContactRequest {
 
 /// State of the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Connection {
     /// Only INITIATE_CONTACT means anything.
     Disconnected,
@@ -161,6 +176,7 @@ pub enum Connection {
 
 /// What follows a disconnect that is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum AfterDisconnect {
     /// Nothing: the VM is being reset.
     Reset,
@@ -187,6 +203,7 @@ pub struct RingPages {
 
 /// Where a control message came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum MessagePort {
     /// [`wire::CONNECTION_MESSAGE`].
     Message,

@@ -16,6 +16,8 @@ const VERSION: u32 = 1;
 
 /// A bus as plain data.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct BusState {
     /// 1.
     pub version: u32,
@@ -31,6 +33,8 @@ pub struct BusState {
 
 /// A function as plain data.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct FunctionState {
     /// Function number.
     pub number: u8,

@@ -119,6 +119,8 @@ pub struct BlkCounters {
 
 /// A block function as the driver sees it, at a moment when no request is with the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct BlkState {
     /// Capacity in sectors, as the driver was last told.
     pub capacity: u64,

@@ -134,8 +134,10 @@ pub struct ModifyChannelResponse {
     pub status: u32,
 }
 
-/// A control message to the guest.
+/// A control message to the guest. In a saved state it is the bytes that the SynIC carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(into = "Vec<u8>", try_from = "Vec<u8>"))]
 pub enum HostMessage {
     /// A channel exists.
     OfferChannel(OfferChannel),
@@ -189,11 +191,91 @@ impl HostMessage {
     }
 }
 
+impl From<HostMessage> for Vec<u8> {
+    fn from(message: HostMessage) -> Self {
+        message.encode().to_vec()
+    }
+}
+
+/// Bytes that are no message to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes are no message to a guest")]
+pub struct NoHostMessage {
+    /// Number of bytes.
+    pub len: usize,
+}
+
+impl TryFrom<Vec<u8>> for HostMessage {
+    type Error = NoHostMessage;
+
+    /// What [`HostMessage::encode`] gives, back: the whole of it and nothing else.
+    fn try_from(bytes: Vec<u8>) -> Result<Self, Self::Error> {
+        decode(&bytes).ok_or(NoHostMessage { len: bytes.len() })
+    }
+}
+
+fn decode(bytes: &[u8]) -> Option<HostMessage> {
+    use message_type as t;
+    fn of<T: FromBytes>(body: &[u8], message: fn(T) -> HostMessage) -> Option<HostMessage> {
+        T::read_from_bytes(body).ok().map(message)
+    }
+    let (header, body) = bytes.split_at_checked(HEADER_LEN)?;
+    let (number, zero) = header.split_first_chunk()?;
+    if zero.iter().any(|byte| *byte != 0) {
+        return None;
+    }
+    match u32::from_le_bytes(*number) {
+        t::OFFER_CHANNEL => of(body, HostMessage::OfferChannel),
+        t::RESCIND_CHANNEL_OFFER => of(body, HostMessage::RescindChannelOffer),
+        t::ALL_OFFERS_DELIVERED if body.is_empty() => Some(HostMessage::AllOffersDelivered),
+        t::OPEN_CHANNEL_RESULT => of(body, HostMessage::OpenChannelResult),
+        t::GPADL_CREATED => of(body, HostMessage::GpadlCreated),
+        t::GPADL_TORNDOWN => of(body, HostMessage::GpadlTorndown),
+        t::VERSION_RESPONSE => of(body, HostMessage::VersionResponse)
+            .or_else(|| of(body, HostMessage::VersionResponse6)),
+        t::UNLOAD_RESPONSE if body.is_empty() => Some(HostMessage::UnloadResponse),
+        t::TL_CONNECT_RESULT => of(body, HostMessage::TlConnectResult),
+        t::MODIFY_CHANNEL_RESPONSE => of(body, HostMessage::ModifyChannelResponse),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::mem::offset_of;
 
     use super::*;
+
+    #[test]
+    fn every_message_comes_back_from_its_bytes() {
+        fn zero<T: FromBytes>() -> T {
+            T::new_zeroed()
+        }
+        for message in [
+            HostMessage::OfferChannel(zero()),
+            HostMessage::RescindChannelOffer(zero()),
+            HostMessage::AllOffersDelivered,
+            HostMessage::OpenChannelResult(zero()),
+            HostMessage::GpadlCreated(zero()),
+            HostMessage::GpadlTorndown(zero()),
+            HostMessage::VersionResponse(zero()),
+            HostMessage::VersionResponse6(zero()),
+            HostMessage::UnloadResponse,
+            HostMessage::TlConnectResult(zero()),
+            HostMessage::ModifyChannelResponse(zero()),
+        ] {
+            let bytes = Vec::from(message.clone());
+            assert_eq!(HostMessage::try_from(bytes.clone()), Ok(message));
+            let longer = [&bytes[..], &[0]].concat();
+            assert!(HostMessage::try_from(longer).is_err());
+            let shorter = bytes[..bytes.len() - 1].to_vec();
+            assert!(HostMessage::try_from(shorter).is_err());
+            let mut other = bytes;
+            other[4] = 1;
+            assert!(HostMessage::try_from(other).is_err());
+        }
+        assert!(HostMessage::try_from(vec![0xff; 8]).is_err());
+    }
 
     #[test]
     fn bodies_have_their_wire_sizes() {

@@ -36,6 +36,7 @@ pub const STATUS_CONNECTION_REFUSED: u32 = 0xc000_0236;
 
 /// A protocol version: major in bits 31:16, minor in bits 15:0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Version(pub u32);
 
 impl Version {

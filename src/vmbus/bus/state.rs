@@ -8,6 +8,8 @@ use crate::vmbus::{ChannelIdentity, OpenError};
 
 /// A [`VmBus`] as plain data. Devices, their rings and counters are not part of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct VmBusState {
     /// [`VmBusState::VERSION`].
     pub version: u32,
@@ -24,6 +26,8 @@ impl VmBusState {
 
 /// Rings of an open channel as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RingsState {
     /// Guest-to-host ring.
     pub reader: RingReaderState,

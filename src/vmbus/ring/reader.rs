@@ -38,6 +38,8 @@ pub struct Packet {
 
 /// A [`RingReader`] as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RingReaderState {
     /// Read index: start of the next packet.
     pub next: u32,

@@ -18,6 +18,8 @@ pub struct Reservation {
 
 /// A [`RingWriter`] as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RingWriterState {
     /// Write index.
     pub write: u32,

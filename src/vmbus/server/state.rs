@@ -6,6 +6,8 @@ use super::*;
 
 /// A [`Server`] as plain data. Limits, offers' devices and counters are not part of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct ServerState {
     /// [`ServerState::VERSION`].
     pub version: u32,

@@ -37,6 +37,8 @@ const ENTRY: u64 = 16;
 
 /// What became of a vector's events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct VectorCounters {
     /// Messages delivered.
     pub raised: u64,

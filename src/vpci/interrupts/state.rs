@@ -30,6 +30,8 @@ pub enum StateError {
 
 /// A function's interrupts, without what its configuration space holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct InterruptsState {
     /// 1.
     pub version: u32,
@@ -45,6 +47,8 @@ pub struct InterruptsState {
 
 /// A block of live messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct MessageState {
     /// Data of the first message.
     pub data: u32,
@@ -54,6 +58,8 @@ pub struct MessageState {
 
 /// Where a message goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RouteState {
     /// Vector, 0x10 to 0xFF.
     pub vector: u8,
@@ -63,6 +69,8 @@ pub struct RouteState {
 
 /// An entry of the MSI-X table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct MsixEntryState {
     /// Message address.
     pub address: u64,

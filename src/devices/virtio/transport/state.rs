@@ -13,6 +13,8 @@ pub const VIRTIO_STATE_VERSION: u32 = 1;
 /// A virtio device as the driver sees it, at a moment when no request is with the host. Plain data:
 /// nothing in it is trusted when it is restored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct VirtioState {
     /// [`VIRTIO_STATE_VERSION`].
     pub version: u32,
@@ -38,6 +40,8 @@ pub struct VirtioState {
 
 /// A queue of a [`VirtioState`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct VirtioQueueState {
     /// Vector of the queue, or 0xFFFF.
     pub vector: u16,
