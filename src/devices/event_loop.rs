@@ -214,7 +214,11 @@ impl EventLoop {
         Paused {
             gate: &self.gate,
             _holder: holder,
-            _steps: self.threads.iter().map(|thread| lock(&thread.step)).collect(),
+            _steps: self
+                .threads
+                .iter()
+                .map(|thread| lock(&thread.step))
+                .collect(),
         }
     }
 

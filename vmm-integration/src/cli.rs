@@ -38,7 +38,8 @@ pub(crate) enum Command {
     /// Exit status: 0 the guest powered off, 1 the run failed, 2 the command line asks for
     /// something impossible, 3 the host lacks something.
     Run(RunArgs),
-    /// Ask something of a VM that runs: plug, eject and remove buses, list, pause, resume, quit.
+    /// Ask something of a VM that runs: plug, eject and remove buses, list, pause, resume,
+    /// snapshot, quit.
     ///
     /// The VM must have been started with `run --api-socket PATH`. Exit status: 0 it is done, 1 it was
     /// refused, 2 the command line asks for something impossible, 3 no VM answers at the socket.
@@ -173,6 +174,15 @@ pub(crate) enum CtlVerb {
     Pause,
     /// Let them run again.
     Resume,
+    /// Save the whole VM to a file, for `run --restore`; it stays paused.
+    ///
+    /// The file must not exist. Disk images are not part of it: quit the VM, or copy them before you
+    /// resume it.
+    Snapshot {
+        /// The file.
+        #[arg(value_name = "PATH")]
+        path: PathBuf,
+    },
     /// End the VM at once, without asking the guest.
     Quit,
 }
@@ -210,6 +220,10 @@ pub(crate) struct RunArgs {
     /// Listen for `vpci-vmm ctl` at this path; the socket is for the user alone (mode 0600).
     #[arg(long, value_name = "PATH")]
     pub(crate) api_socket: Option<PathBuf>,
+    /// Go on with a VM that `vpci-vmm ctl snapshot` has saved, instead of booting one. Give the other
+    /// options as for the saved VM, with all functions that it had at the end.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) restore: Option<PathBuf>,
     /// Write a JSON report of the run to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,

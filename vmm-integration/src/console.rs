@@ -6,11 +6,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::ports::Ports;
+use crate::ports::{Ports, SerialPortState};
 
 /// The serial port's interrupt, an irqfd.
 #[derive(Debug)]
@@ -42,14 +42,22 @@ impl SerialEvents for RoomEvent {
 /// The ports with the serial port on the terminal.
 pub(crate) type ConsolePorts = Ports<SerialIrq, Stdout, RoomEvent>;
 
-/// Makes the ports, and the pump that brings the terminal's input to them.
+/// Makes the ports, and the pump that brings the terminal's input to them. The serial port goes on
+/// where it was saved, or starts anew.
 ///
 /// # Errors
 ///
-/// No event descriptor to be had.
-pub(crate) fn console(irq: EventFd) -> io::Result<(Arc<ConsolePorts>, InputPump)> {
+/// No event descriptor to be had, or [`io::ErrorKind::InvalidData`] for a state that no serial port
+/// can be in.
+pub(crate) fn console(
+    irq: EventFd,
+    saved: Option<&SerialPortState>,
+) -> io::Result<(Arc<ConsolePorts>, InputPump)> {
     let room = EventFd::new(EFD_NONBLOCK)?;
-    let serial = Serial::with_events(SerialIrq(irq), RoomEvent(room.try_clone()?), io::stdout());
+    let state = saved.map_or_else(SerialState::default, SerialState::from);
+    let events = RoomEvent(room.try_clone()?);
+    let serial = Serial::from_state(&state, SerialIrq(irq), events, io::stdout())
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
     let ports = Arc::new(Ports::new(serial));
     let pump = InputPump {
         ports: ports.clone(),

@@ -19,8 +19,14 @@ pub(crate) enum Command {
     Pause = 1,
     /// Return to the initial state and wait.
     Reset = 2,
+    /// Read the vCPU's state and wait.
+    Save = 3,
+    /// Take over a saved state and wait.
+    Restore = 4,
+    /// Tell KVM what the library has taken over, and wait.
+    Forward = 5,
     /// End the thread.
-    Quit = 3,
+    Quit = 6,
 }
 
 /// What a guest, or a failing vCPU, asks of the main thread.
@@ -66,6 +72,9 @@ impl Control {
             0 => Command::Run,
             1 => Command::Pause,
             2 => Command::Reset,
+            3 => Command::Save,
+            4 => Command::Restore,
+            5 => Command::Forward,
             _ => Command::Quit,
         }
     }
@@ -130,6 +139,11 @@ impl Control {
                 return;
             }
         }
+    }
+
+    /// True if an event waits to be taken.
+    pub(crate) fn has_events(&self) -> bool {
+        !lock(&self.events).is_empty()
     }
 
     /// Main thread: the events since the last call, after [`Control`]'s descriptor was ready.

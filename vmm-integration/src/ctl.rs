@@ -67,6 +67,13 @@ fn request(verb: &CtlVerb) -> Request {
         },
         CtlVerb::Pause => Request::Pause,
         CtlVerb::Resume => Request::Resume,
+        // The VM has another working directory, most likely.
+        CtlVerb::Snapshot { path } => Request::Snapshot {
+            path: std::path::absolute(path)
+                .unwrap_or_else(|_| path.clone())
+                .to_string_lossy()
+                .into_owned(),
+        },
         CtlVerb::Quit => Request::Quit,
     }
 }
@@ -90,6 +97,10 @@ fn text(answer: &Answer) -> String {
         Answer::List(listing) => listing_text(listing),
         Answer::Plugged { plugged } => format!("plugged in bus {plugged}\n"),
         Answer::Removed { removed } => format!("bus {removed} is gone\n"),
+        Answer::Saved { snapshot, bytes } => format!(
+            "saved to {snapshot} ({} MiB); the machine is paused: quit it, or resume it\n",
+            bytes >> 20
+        ),
         Answer::State { state } => format!("the machine is {}\n", state_text(*state)),
         Answer::Ejected { ejected, how } => match how {
             Ejection::Released => format!("the guest let go of bus {ejected}; it is gone\n"),

@@ -5,7 +5,8 @@
 //! hand it the exits ([`Embedding::hypercall`], [`Embedding::read_msr`], [`Embedding::write_msr`],
 //! [`Embedding::mmio_read`], [`Embedding::mmio_write`]), and tell it of a reset
 //! ([`Embedding::reset`]). While the VM runs, buses come and go ([`Embedding::plug`],
-//! [`Embedding::eject`], [`Embedding::remove`]).
+//! [`Embedding::eject`], [`Embedding::remove`]), and it can be saved and restored as a whole
+//! ([`Embedding::stop`], [`Embedding::save`], [`Embedding::restore`]).
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -16,9 +17,9 @@ use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
 use uuid::Uuid;
 use vm_vpci::cpuid::Features;
-use vm_vpci::devices::event_loop::EventLoop;
+use vm_vpci::devices::event_loop::{EventLoop, Paused};
 use vm_vpci::devices::testdev::TestDevice;
-use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig};
+use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig, VirtioStateError};
 use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
 use vm_vpci::kvm::hybrid::HybridSupport;
 use vm_vpci::kvm::{
@@ -28,7 +29,7 @@ use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vm_vpci::vmbus::VmBusConfig;
-use vm_vpci::vmm::{Doorbells, MonotonicClock};
+use vm_vpci::vmm::{Clock, Doorbells, MonotonicClock};
 use vm_vpci::vpci;
 use vm_vpci::vpci::function::PciFunction;
 use vm_vpci::vpci::interrupts::VectorCounters;
@@ -41,6 +42,7 @@ use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::Ram;
 use crate::report::{DmaReport, DomainReport, FunctionReport, VectorReport};
+use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
 
 /// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
@@ -53,7 +55,7 @@ pub(crate) struct Functions {
     workers: Arc<EventLoop>,
     cpus: u8,
     buses: Vec<BusSpec>,
-    disks: Vec<Disk>,
+    devices: Vec<Device>,
     /// Some function is behind the pvIOMMU, so there has to be one.
     iommu: bool,
 }
@@ -77,7 +79,7 @@ impl Functions {
             workers,
             cpus,
             buses: Vec::new(),
-            disks: Vec::new(),
+            devices: Vec::new(),
             iommu: placed.iter().any(|function| function.iommu),
         };
         for function in placed {
@@ -109,23 +111,32 @@ impl Functions {
                     id: format!("vpci-{id:08x}"),
                 };
                 let disk = Blk::new(config, &*self.workers).map_err(Error::Disk)?;
-                self.disks.push(Disk {
-                    bus: placed.bus,
-                    device: disk.clone(),
-                });
+                self.remember(placed, Handle::Blk(disk.clone()));
                 Ok(disk)
             }
             Kind::Testdev => {
                 let serial = logical_id(placed.bus, placed.function);
-                Ok(TestDevice::new(serial, &*self.workers).map_err(refused)?)
+                let device = TestDevice::new(serial, &*self.workers).map_err(refused)?;
+                self.remember(placed, Handle::Testdev(device.clone()));
+                Ok(device)
             }
             Kind::Rng => {
                 let config = RngConfig {
                     iommu: placed.iommu,
                 };
-                Ok(Rng::new(config, &*self.workers).map_err(refused)?)
+                let device = Rng::new(config, &*self.workers).map_err(refused)?;
+                self.remember(placed, Handle::Rng(device.clone()));
+                Ok(device)
             }
         }
+    }
+
+    fn remember(&mut self, placed: &PlacedFunction, handle: Handle) {
+        self.devices.push(Device {
+            bus: placed.bus,
+            function: placed.function,
+            handle,
+        });
     }
 
     fn put(&mut self, instance: Uuid, function: FunctionSpec) {
@@ -139,11 +150,66 @@ impl Functions {
     }
 }
 
-/// A disk and its bus.
+/// A device whose state this program can save, and its place.
 #[derive(Debug)]
-struct Disk {
+struct Device {
     bus: Uuid,
-    device: Arc<Blk>,
+    function: u8,
+    handle: Handle,
+}
+
+/// The device itself.
+#[derive(Debug)]
+enum Handle {
+    Blk(Arc<Blk>),
+    Rng(Arc<Rng>),
+    Testdev(Arc<TestDevice>),
+}
+
+impl Handle {
+    /// The word of `--vpci`.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Blk(_) => "blk",
+            Self::Rng(_) => "rng",
+            Self::Testdev(_) => "testdev",
+        }
+    }
+
+    fn save(&self) -> Result<DeviceState, VirtioStateError> {
+        Ok(match self {
+            Self::Blk(device) => DeviceState::Blk(device.save()?),
+            Self::Rng(device) => DeviceState::Rng(device.save()?),
+            Self::Testdev(device) => DeviceState::Testdev(device.save()),
+        })
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), String> {
+        match (self, state) {
+            (Self::Blk(device), DeviceState::Blk(state)) => {
+                device.restore(state).map_err(|error| error.to_string())?;
+                // The image may have another size by now.
+                match device.resize() {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.to_string()),
+                }
+            }
+            (Self::Rng(device), DeviceState::Rng(state)) => {
+                device.restore(state).map_err(|error| error.to_string())
+            }
+            (Self::Testdev(device), DeviceState::Testdev(state)) => {
+                device.restore(*state).map_err(|error| error.to_string())
+            }
+            _ => Err(format!("the saved function is {}", state.kind())),
+        }
+    }
+}
+
+/// Workers stand still and nothing is plugged in or out while this lives.
+#[derive(Debug)]
+pub(crate) struct Stopped<'a> {
+    devices: MutexGuard<'a, Vec<Device>>,
+    _workers: Paused<'a>,
 }
 
 /// The library inside this VMM.
@@ -156,8 +222,9 @@ pub(crate) struct Embedding {
     lines: Option<Arc<KvmSintLines>>,
     /// For devices that are plugged in later.
     workers: Arc<EventLoop>,
+    clock: Arc<MonotonicClock>,
     cpus: u8,
-    disks: Mutex<Vec<Disk>>,
+    devices: Mutex<Vec<Device>>,
 }
 
 /// What the host's KVM can do, as far as the library has a use for it.
@@ -167,6 +234,8 @@ pub(crate) struct Host {
     pub(crate) support: HostSupport,
     /// How to do hybrid mode; none keeps everything in user space.
     pub(crate) hybrid: Option<HybridSupport>,
+    /// Where the partition's reference time starts, in units of 100 ns.
+    pub(crate) reference_time: u64,
 }
 
 impl Embedding {
@@ -209,11 +278,12 @@ impl Embedding {
                 ..IommuConfig::default()
             }),
         };
+        let clock = Arc::new(MonotonicClock::starting_at(host.reference_time));
         let partition_host = PartitionHost {
             ram: GuestRam::new(ram),
             msi: msi.clone(),
             workers: functions.workers.clone(),
-            clock: Arc::new(MonotonicClock::default()),
+            clock: clock.clone(),
             doorbells,
             bars: None,
         };
@@ -235,8 +305,9 @@ impl Embedding {
             msi,
             lines,
             workers: functions.workers,
+            clock,
             cpus: functions.cpus,
-            disks: Mutex::new(functions.disks),
+            devices: Mutex::new(functions.devices),
         })
     }
 
@@ -263,6 +334,18 @@ impl Embedding {
     /// True if the guest is told that its TSC is invariant.
     pub(crate) fn tsc_invariant(&self) -> bool {
         self.features.tsc_invariant
+    }
+
+    /// What the guest has written to the register that unveils the invariant TSC.
+    pub(crate) fn tsc_invariant_control(&self, vp: u32) -> u64 {
+        let msr = vm_vpci::hv::msr::TSC_INVARIANT_CONTROL;
+        // Absent where the feature is off.
+        self.partition.read_msr(vp, msr).unwrap_or(0)
+    }
+
+    /// True if there is a pvIOMMU.
+    pub(crate) fn has_iommu(&self) -> bool {
+        self.partition.iommu().is_some()
     }
 
     /// True if an OUT to `port` is a hypercall.
@@ -327,8 +410,112 @@ impl Embedding {
         self.partition.reset();
     }
 
-    fn disks(&self) -> MutexGuard<'_, Vec<Disk>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Stops the workers of buses and devices, and whoever would plug, eject or remove, until the
+    /// result is dropped.
+    pub(crate) fn stop(&self) -> Stopped<'_> {
+        // In this order: whoever plugs waits for a worker thread with the devices locked.
+        let devices = self.devices();
+        Stopped {
+            devices,
+            _workers: self.workers.pause(),
+        }
+    }
+
+    /// The library and the devices as plain data. Neither vCPUs nor workers run.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError`]; nothing has changed.
+    pub(crate) fn save(&self, stopped: &Stopped<'_>) -> Result<EmbeddingState, SaveError> {
+        let devices = &stopped.devices;
+        for bus in self.partition.buses() {
+            for function in &bus.functions {
+                let place = (bus.instance, function.number);
+                if !devices
+                    .iter()
+                    .any(|device| (device.bus, device.function) == place)
+                {
+                    return Err(SaveError::Hardware {
+                        bus: bus.instance,
+                        function: function.number,
+                        kind: function.kind,
+                    });
+                }
+            }
+        }
+        let partition = self.partition.save();
+        let mut saved = Vec::with_capacity(devices.len());
+        for device in devices.iter() {
+            let (bus, function) = (device.bus, device.function);
+            let failed = |source| SaveError::Device {
+                bus,
+                function,
+                source,
+            };
+            saved.push(SavedDevice {
+                bus,
+                function,
+                state: device.handle.save().map_err(failed)?,
+            });
+        }
+        Ok(EmbeddingState {
+            reference_time: self.clock.reference_time(),
+            partition,
+            devices: saved,
+        })
+    }
+
+    /// Takes over a saved state. Guest RAM is restored; neither vCPUs nor workers run.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError`]; the VM must not run then.
+    pub(crate) fn restore(
+        &self,
+        stopped: &Stopped<'_>,
+        state: &EmbeddingState,
+    ) -> Result<(), RestoreError> {
+        let devices = &stopped.devices;
+        let find = |saved: &&SavedDevice, device: &Device| {
+            (saved.bus, saved.function) == (device.bus, device.function)
+        };
+        for saved in &state.devices {
+            let same = |device: &Device| {
+                find(&saved, device) && device.handle.kind() == saved.state.kind()
+            };
+            if !devices.iter().any(same) {
+                return Err(RestoreError::Missing {
+                    bus: saved.bus,
+                    function: saved.function,
+                    kind: saved.state.kind(),
+                });
+            }
+        }
+        let mut pairs = Vec::with_capacity(devices.len());
+        for device in devices.iter() {
+            let (bus, function) = (device.bus, device.function);
+            match state.devices.iter().find(|saved| find(saved, device)) {
+                Some(saved) => pairs.push((device, saved)),
+                None => return Err(RestoreError::Surplus { bus, function }),
+            }
+        }
+        self.partition.restore(&state.partition)?;
+        for (device, saved) in pairs {
+            let (bus, function) = (device.bus, device.function);
+            device
+                .handle
+                .restore(&saved.state)
+                .map_err(|reason| RestoreError::Device {
+                    bus,
+                    function,
+                    reason,
+                })?;
+        }
+        Ok(())
+    }
+
+    fn devices(&self) -> MutexGuard<'_, Vec<Device>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Plugs the functions of one bus in while the VM runs, and gives its instance GUID.
@@ -344,10 +531,10 @@ impl Embedding {
             return Err(Error::NotOneBus);
         };
         let instance = bus.instance;
-        // Locked first: whoever removes the bus finds its disks.
-        let mut disks = self.disks();
+        // Locked first: whoever removes the bus finds its devices.
+        let mut devices = self.devices();
         self.partition.plug(bus)?;
-        disks.extend(functions.disks);
+        devices.extend(functions.devices);
         Ok(instance)
     }
 
@@ -357,6 +544,8 @@ impl Embedding {
     ///
     /// [`UnplugError`].
     pub(crate) fn eject(&self, bus: &Uuid, done: Ejected) -> Result<(), UnplugError> {
+        // Not while the VM is being saved.
+        let _devices = self.devices();
         self.partition.eject(bus, done)
     }
 
@@ -366,11 +555,11 @@ impl Embedding {
     ///
     /// [`UnplugError::NoSuchBus`].
     pub(crate) fn remove(&self, bus: &Uuid) -> Result<(), UnplugError> {
-        let mut disks = self.disks();
+        let mut devices = self.devices();
         if !self.partition.remove(bus) {
             return Err(UnplugError::NoSuchBus);
         }
-        disks.retain(|disk| disk.bus != *bus);
+        devices.retain(|device| device.bus != *bus);
         Ok(())
     }
 
@@ -386,8 +575,10 @@ impl Embedding {
 
     /// Looks at the disks' images again, whose size may have changed.
     pub(crate) fn measure_disks(&self) {
-        for disk in &*self.disks() {
-            if let Err(error) = disk.device.resize() {
+        for device in &*self.devices() {
+            if let Handle::Blk(disk) = &device.handle
+                && let Err(error) = disk.resize()
+            {
                 log::warn!("a disk keeps its size: {error}");
             }
         }

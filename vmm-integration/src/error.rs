@@ -13,6 +13,7 @@ use crate::kernel::KernelError;
 use crate::layout::LayoutError;
 use crate::memory::MemoryError;
 use crate::report::ReportError;
+use crate::snapshot::RestoreError;
 use crate::spec::SpecError;
 use crate::vcpu_state::VcpuStateError;
 
@@ -58,6 +59,9 @@ pub(crate) enum Error {
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A saved VM cannot go on here.
+    #[error("--restore: {0}")]
+    Restore(#[from] RestoreError),
     /// The report cannot be written.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -131,6 +135,7 @@ impl Error {
             | Self::Plug(_)
             | Self::NotOneBus
             | Self::Api(_)
+            | Self::Restore(_)
             | Self::Kernel(_)
             | Self::Report(_)
             | Self::Layout(_) => 2,

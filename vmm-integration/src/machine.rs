@@ -1,6 +1,9 @@
 //! The machine: KVM's VM, its RAM and vCPUs, and what happens to all of them at once.
 #![forbid(unsafe_code)]
 
+mod save;
+
+use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -31,7 +34,8 @@ use crate::marks::Marks;
 use crate::memory::{PluggedRam, map_ram};
 use crate::ports;
 use crate::signals::kick_signal;
-use crate::vcpu::{Shared, Vcpu};
+use crate::snapshot::{self, MachineSnapshot, RestoreError, Shape};
+use crate::vcpu::{Exchange, Shared, Vcpu};
 use crate::vcpu_state::InitialState;
 
 /// What to build.
@@ -55,12 +59,14 @@ pub(crate) struct Machine {
     boot: BootSource,
     cpus: u8,
     irqchips: [kvm_irqchip; 3],
+    shape: Shape,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Machine {
-    /// Builds everything up to the first instruction of the guest.
+    /// Builds everything up to the first instruction of the guest; or, for a VM that was saved,
+    /// everything that [`Machine::restore`] needs.
     ///
     /// # Errors
     ///
@@ -69,8 +75,10 @@ impl Machine {
         kvm: &Kvm,
         config: MachineConfig,
         functions: Functions,
+        saved: Option<&MachineSnapshot>,
     ) -> Result<(Self, InputPump), Error> {
         let host = Host {
+            reference_time: saved.map_or(0, |saved| saved.embedding.reference_time),
             support: HostSupport::check(kvm)?,
             hybrid: hybrid(kvm, config.hyperv)?,
         };
@@ -98,7 +106,11 @@ impl Machine {
         let serial_irq = EventFd::new(EFD_NONBLOCK).map_err(Error::host("an eventfd"))?;
         vm.register_irqfd(&serial_irq, ports::SERIAL_IRQ)
             .map_err(Error::kvm("connect the serial port's interrupt"))?;
-        let (ports, pump) = console(serial_irq).map_err(Error::host("an eventfd"))?;
+        let serial = saved.map(|saved| &saved.ports.serial);
+        let (ports, pump) = console(serial_irq, serial).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => RestoreError::Serial.into(),
+            _ => Error::host("an eventfd")(error),
+        })?;
 
         let vcpus = create_vcpus(&vm, config.cpus)?;
         let embedding = Embedding::new(&vm, &vcpus, ram.map(), &layout, host, functions)?;
@@ -109,9 +121,19 @@ impl Machine {
             marks: Marks::default(),
             exits: AtomicU64::new(0),
             entry: Mutex::new(Entry::default()),
+            exchange: Exchange::default(),
         });
+        let tsc_hz = vcpus.first().map_or(Ok(0), kvm::tsc_hz)?;
         let mut machine = Self {
             irqchips: read_irqchips(&vm)?,
+            shape: Shape {
+                memory: config.memory,
+                hybrid: host.hybrid.is_some(),
+                iommu: shared.embedding.has_iommu(),
+                tsc_hz,
+                address_bits: layout.address_bits,
+                cpuid: Vec::new(),
+            },
             vm,
             ram,
             layout,
@@ -120,7 +142,9 @@ impl Machine {
             shared,
             threads: Vec::new(),
         };
-        machine.load()?;
+        if saved.is_none() {
+            machine.load()?;
+        }
         for (index, mut fd) in (0u32..).zip(vcpus) {
             let place = VcpuPlace {
                 apic_id: index,
@@ -135,6 +159,7 @@ impl Machine {
                 .shared
                 .embedding
                 .cpuid(host_cpuid.as_slice(), place, options);
+            machine.shape.cpuid.push(snapshot::cpuid_table(&table));
             set_cpuid(&fd, &table)?;
             kvm::prepare_vcpu(&mut fd);
             machine.shared.embedding.set_kernel_msrs(index, &fd)?;

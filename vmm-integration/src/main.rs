@@ -30,8 +30,10 @@ mod rtc;
 mod run;
 mod signals;
 mod size;
+mod snapshot;
 mod spec;
 mod vcpu;
+mod vcpu_saved;
 mod vcpu_state;
 
 use std::process::ExitCode;

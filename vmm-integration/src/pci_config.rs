@@ -38,6 +38,16 @@ impl PciConfig {
         }
     }
 
+    /// The address register.
+    pub(crate) fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address register.
+    pub(crate) fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
+    }
+
     /// A read from one of the ports.
     pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
         let address = self.address.load(Ordering::Relaxed);

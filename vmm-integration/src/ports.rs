@@ -4,7 +4,8 @@
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard};
 
-use vm_superio::serial::{NoEvents, SerialEvents};
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::acpi::{RESET_VALUE, SLEEP_TYPE_S5};
@@ -45,6 +46,51 @@ pub(crate) enum PortAction {
     Mark(u8),
 }
 
+/// The ports as plain data.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PortsState {
+    /// The serial port.
+    pub(crate) serial: SerialPortState,
+    /// Address register of configuration mechanism #1.
+    pub(crate) pci_address: u32,
+    /// Index register of the clock.
+    pub(crate) rtc_index: u8,
+}
+
+/// Registers of the serial port, and input that the guest has not read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SerialPortState {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl From<&SerialPortState> for SerialState {
+    fn from(state: &SerialPortState) -> Self {
+        Self {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer.clone(),
+        }
+    }
+}
+
 /// The I/O port space without the hypercall port.
 #[derive(Debug)]
 pub(crate) struct Ports<T: Trigger, W: Write, E: SerialEvents = NoEvents> {
@@ -61,6 +107,33 @@ impl<T: Trigger, W: Write, E: SerialEvents> Ports<T, W, E> {
             pci: PciConfig::default(),
             rtc: Rtc::default(),
         }
+    }
+
+    /// The ports as plain data.
+    pub(crate) fn save(&self) -> PortsState {
+        let serial = self.serial().state();
+        PortsState {
+            serial: SerialPortState {
+                baud_divisor_low: serial.baud_divisor_low,
+                baud_divisor_high: serial.baud_divisor_high,
+                interrupt_enable: serial.interrupt_enable,
+                interrupt_identification: serial.interrupt_identification,
+                line_control: serial.line_control,
+                line_status: serial.line_status,
+                modem_control: serial.modem_control,
+                modem_status: serial.modem_status,
+                scratch: serial.scratch,
+                in_buffer: serial.in_buffer,
+            },
+            pci_address: self.pci.address(),
+            rtc_index: self.rtc.index(),
+        }
+    }
+
+    /// Takes over saved ports, but for the serial port: that is made with its state.
+    pub(crate) fn restore(&self, state: &PortsState) {
+        self.pci.set_address(state.pci_address);
+        self.rtc.write(rtc::INDEX, state.rtc_index);
     }
 
     /// The serial port, to feed it input.
@@ -200,6 +273,31 @@ mod tests {
         assert_eq!(value, [0]);
         ports.read(SERIAL + 5, &mut value);
         assert_eq!(value[0] & 1, 0);
+    }
+
+    #[test]
+    fn saved_ports_come_back() {
+        let ports = ports();
+        ports.write(SERIAL + 7, &[0x5a]);
+        ports.write(SERIAL + 3, &[0x83]);
+        ports.serial().enqueue_raw_bytes(b"x").unwrap();
+        ports.write(pci_config::ADDRESS, &0x8000_0008u32.to_le_bytes());
+        ports.write(rtc::INDEX, &[0x0d]);
+        let state = ports.save();
+        let text = serde_json::to_string(&state).unwrap();
+        let state: PortsState = serde_json::from_str(&text).unwrap();
+        let serial =
+            Serial::from_state(&(&state.serial).into(), NoIrq, NoEvents, Vec::new()).unwrap();
+        let other = Ports::new(serial);
+        other.restore(&state);
+        assert_eq!(other.save(), state);
+        let mut data = [0];
+        other.read(rtc::DATA, &mut data);
+        assert_eq!(data, [0x80]);
+        let mut endless = state;
+        endless.serial.in_buffer = vec![0; 65];
+        let serial = Serial::from_state(&(&endless.serial).into(), NoIrq, NoEvents, Vec::new());
+        assert!(serial.is_err());
     }
 
     #[test]

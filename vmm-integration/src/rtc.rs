@@ -32,6 +32,11 @@ impl Rtc {
         }
     }
 
+    /// The index register.
+    pub(crate) fn index(&self) -> u8 {
+        self.index.load(Ordering::Relaxed)
+    }
+
     /// A read from the data port.
     pub(crate) fn read(&self) -> u8 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);

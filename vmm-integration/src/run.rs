@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::Kvm;
 
-use crate::api::{MachineState, Order, Orders, Server};
+use crate::api::{MachineState, Order, Orders, Refusal, RefusalKind, Server};
 use crate::cli::RunArgs;
 use crate::console::RawTerminal;
 use crate::control::GuestEvent;
@@ -20,6 +20,7 @@ use crate::kernel::{self, BootSource};
 use crate::machine::{Machine, MachineConfig};
 use crate::report::{self, End, Report};
 use crate::signals::{Signal, Signals, install_kick_handler};
+use crate::snapshot::{Reader, RestoreError};
 use crate::spec;
 
 /// Most resets of one run: a guest that cannot boot would reset for ever.
@@ -39,6 +40,12 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
         cmdline: args.cmdline,
     };
     kernel::check(&boot)?;
+    let restore = args.restore.as_deref().map(|path| {
+        let (pages, saved) = Reader::open(path)?;
+        saved.check_options(args.cpus, args.memory)?;
+        Ok::<_, RestoreError>((saved, pages))
+    });
+    let restore = restore.transpose()?;
     if let Some(path) = &args.report {
         report::check_path(path)?;
     }
@@ -55,7 +62,11 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
         hyperv: args.hyperv,
     };
     let functions = Functions::build(&placed, args.cpus)?;
-    let (machine, pump) = Machine::build(&kvm, config, functions)?;
+    let saved = restore.as_ref().map(|(saved, _)| saved);
+    let (machine, pump) = Machine::build(&kvm, config, functions, saved)?;
+    if let Some((saved, pages)) = restore {
+        machine.restore(saved, pages)?;
+    }
     let mut subscribers =
         EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(|error| event_error(&error))?;
     let orders = Arc::new(Orders::new().map_err(Error::host("an eventfd"))?);
@@ -121,6 +132,7 @@ fn drive(
             }
         }
         orders.carry_out(|order| {
+            let mut result = Ok(());
             match order {
                 // A machine that is ending stays so.
                 _ if state == MachineState::Ending => {}
@@ -132,9 +144,21 @@ fn drive(
                     machine.resume();
                     state = MachineState::Running;
                 }
+                Order::Snapshot(path) => {
+                    machine.pause();
+                    match machine.save(&path) {
+                        Ok(()) => state = MachineState::Paused,
+                        Err(error) => {
+                            result = Err(Refusal::new(RefusalKind::SnapshotRefused, error));
+                            if state == MachineState::Running {
+                                machine.resume();
+                            }
+                        }
+                    }
+                }
                 Order::Quit => state = MachineState::Ending,
             }
-            state
+            (state, result)
         });
         if state == MachineState::Ending {
             return Ok(End::Quit);

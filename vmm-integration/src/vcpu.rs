@@ -1,9 +1,10 @@
 //! A vCPU thread: runs the guest, hands its exits out, and follows the main thread's commands.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -17,6 +18,7 @@ use crate::long_mode;
 use crate::marks::Marks;
 use crate::ports::PortAction;
 use crate::report::Mark;
+use crate::vcpu_saved::SavedVcpu;
 use crate::vcpu_state::{InitialState, VcpuStateError};
 
 /// What all vCPU threads share.
@@ -34,6 +36,43 @@ pub(crate) struct Shared {
     pub(crate) exits: AtomicU64,
     /// Where the boot processor starts; the others wait for it in their initial state.
     pub(crate) entry: Mutex<Entry>,
+    /// States of vCPUs on their way from or to their threads.
+    pub(crate) exchange: Exchange,
+}
+
+/// Where [`Command::Save`] and [`Command::Restore`] put and find the states of vCPUs, by number.
+#[derive(Debug, Default)]
+pub(crate) struct Exchange {
+    slots: Mutex<BTreeMap<u32, Result<SavedVcpu, VcpuStateError>>>,
+    /// What the host's time stamp counter was ahead when the states were saved.
+    tsc_shift: AtomicU64,
+}
+
+impl Exchange {
+    /// Main thread: puts states there for the threads to take.
+    pub(crate) fn fill(&self, vcpus: Vec<SavedVcpu>, tsc_shift: u64) {
+        self.tsc_shift.store(tsc_shift, Ordering::Relaxed);
+        *self.lock() = (0..).zip(vcpus.into_iter().map(Ok)).collect();
+    }
+
+    /// Main thread: takes what the threads have left there, in the order of their numbers.
+    ///
+    /// # Errors
+    ///
+    /// The first error that one of them met.
+    pub(crate) fn take(&self) -> Result<Vec<SavedVcpu>, VcpuStateError> {
+        std::mem::take(&mut *self.lock()).into_values().collect()
+    }
+
+    /// A thread: takes the state of its vCPU and the shift.
+    fn one(&self, vcpu: u32) -> (Option<SavedVcpu>, u64) {
+        let shift = self.tsc_shift.load(Ordering::Relaxed);
+        (self.lock().remove(&vcpu).and_then(Result::ok), shift)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Result<SavedVcpu, VcpuStateError>>> {
+        self.slots.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 impl Shared {
@@ -99,10 +138,31 @@ impl Vcpu {
                     if let Err(error) = self.reset() {
                         control.fail(error.to_string());
                     }
-                    if let Err(error) = self.reset_kernel_msrs(&shared) {
+                    if let Err(error) = self.set_kernel_msrs(&shared) {
                         control.fail(error.to_string());
                     }
                     control.carried_out(self.index as usize, Command::Reset);
+                }
+                Command::Save => {
+                    let state = SavedVcpu::read(&self.fd, self.index, &self.initial);
+                    shared.exchange.lock().insert(self.index, state);
+                    control.carried_out(self.index as usize, Command::Save);
+                }
+                Command::Restore => {
+                    let (taken, shift) = shared.exchange.one(self.index);
+                    let adopt = |state: SavedVcpu| {
+                        state.restore(&self.fd, self.index, &self.initial, shift)
+                    };
+                    if let Some(Err(error)) = taken.map(adopt) {
+                        shared.exchange.lock().insert(self.index, Err(error));
+                    }
+                    control.carried_out(self.index as usize, Command::Restore);
+                }
+                Command::Forward => {
+                    if let Err(error) = self.set_kernel_msrs(&shared) {
+                        control.fail(error.to_string());
+                    }
+                    control.carried_out(self.index as usize, Command::Forward);
                 }
                 Command::Quit => return,
             }
@@ -126,8 +186,10 @@ impl Vcpu {
         Ok(())
     }
 
-    fn reset_kernel_msrs(&self, shared: &Shared) -> Result<(), kvm::KvmError> {
-        kvm::forward_tsc_invariant(&self.fd, 0)?;
+    /// Tells KVM what it has copies of, after a reset or a restore.
+    fn set_kernel_msrs(&self, shared: &Shared) -> Result<(), kvm::KvmError> {
+        let control = shared.embedding.tsc_invariant_control(self.index);
+        kvm::forward_tsc_invariant(&self.fd, control)?;
         shared.embedding.set_kernel_msrs(self.index, &self.fd)
     }
 

@@ -37,11 +37,11 @@ const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 #[error("KVM refuses the {what} of vCPU {vcpu}: {source}")]
 pub(crate) struct VcpuStateError {
     /// Part of the state.
-    what: &'static str,
+    pub(crate) what: &'static str,
     /// vCPU number.
-    vcpu: u32,
+    pub(crate) vcpu: u32,
     /// KVM's error.
-    source: kvm_ioctls::Error,
+    pub(crate) source: kvm_ioctls::Error,
 }
 
 /// Everything KVM holds of one vCPU that a reset restores.
@@ -89,6 +89,12 @@ impl InitialState {
     /// The system registers of a processor after reset.
     pub(crate) fn sregs(&self) -> kvm_sregs {
         self.sregs
+    }
+
+    /// The MSRs that make up a vCPU's state on this host, but for the time stamp counter.
+    pub(crate) fn msr_indices(&self) -> impl Iterator<Item = u32> {
+        let listed = self.msrs.iter().map(|entry| entry.index);
+        listed.chain([MSR_IA32_TSC_ADJUST])
     }
 
     /// Puts the vCPU back. Its last exit must be completed.
@@ -163,27 +169,51 @@ impl InitialState {
 /// the guest then reads the host's counter on that CPU, while KVM goes on counting the deadlines
 /// of its timer by the guest's.
 fn rewrite_tsc_offset(fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    let mut offset = 0_u64;
-    let attribute = kvm_device_attr {
-        flags: 0,
-        group: KVM_VCPU_TSC_CTRL,
-        attr: KVM_VCPU_TSC_OFFSET.into(),
-        addr: (&raw mut offset).expose_provenance() as u64,
-    };
-    // SAFETY: KVM writes the eight bytes of this attribute to `addr`, which points to `offset`,
-    // alive and not otherwise borrowed.
-    if unsafe { ioctl_with_ref(fd, KVM_GET_DEVICE_ATTR(), &attribute) } != 0 {
-        let error = kvm_ioctls::Error::last();
-        return if error.errno() == libc::ENXIO {
-            // Linux before 5.16, where nothing else brings the offset back.
+    match tsc_offset(fd) {
+        Ok(offset) => set_tsc_offset(fd, offset),
+        // Linux before 5.16, where nothing else brings the offset back.
+        Err(error) if error.errno() == libc::ENXIO => {
             log::warn!(
                 "this kernel cannot set the TSC offset: after a reset by a triple fault the guest's clock may be off"
             );
             Ok(())
-        } else {
-            Err(error)
-        };
+        }
+        Err(error) => Err(error),
     }
+}
+
+fn offset_attribute(offset: &mut u64) -> kvm_device_attr {
+    kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: std::ptr::from_mut(offset).expose_provenance() as u64,
+    }
+}
+
+/// What the guest's time stamp counter is ahead of the host's, modulo 2^64.
+///
+/// # Errors
+///
+/// KVM's error; `ENXIO` before Linux 5.16.
+pub(crate) fn tsc_offset(fd: &VcpuFd) -> Result<u64, kvm_ioctls::Error> {
+    let mut offset = 0_u64;
+    let attribute = offset_attribute(&mut offset);
+    // SAFETY: KVM writes the eight bytes of this attribute to `addr`, which points to `offset`,
+    // alive and not otherwise borrowed.
+    if unsafe { ioctl_with_ref(fd, KVM_GET_DEVICE_ATTR(), &attribute) } != 0 {
+        return Err(kvm_ioctls::Error::last());
+    }
+    Ok(offset)
+}
+
+/// Sets what [`tsc_offset`] gives.
+///
+/// # Errors
+///
+/// KVM's error.
+pub(crate) fn set_tsc_offset(fd: &VcpuFd, mut offset: u64) -> Result<(), kvm_ioctls::Error> {
+    let attribute = offset_attribute(&mut offset);
     // SAFETY: KVM reads the eight bytes of this attribute from `addr`, which points to `offset`,
     // alive.
     if unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &attribute) } != 0 {
@@ -220,7 +250,8 @@ fn one_msr(index: u32, data: u64) -> Result<Msrs, kvm_ioctls::Error> {
     Msrs::from_entries(&[entry]).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
 }
 
-fn read_msr(fd: &VcpuFd, index: u32) -> Result<Option<u64>, kvm_ioctls::Error> {
+/// One MSR of a vCPU, or none if it has no such.
+pub(crate) fn read_msr(fd: &VcpuFd, index: u32) -> Result<Option<u64>, kvm_ioctls::Error> {
     let mut msrs = one_msr(index, 0)?;
     match fd.get_msrs(&mut msrs)? {
         1 => Ok(msrs.as_slice().first().map(|entry| entry.data)),
@@ -228,7 +259,8 @@ fn read_msr(fd: &VcpuFd, index: u32) -> Result<Option<u64>, kvm_ioctls::Error> {
     }
 }
 
-fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> Result<(), kvm_ioctls::Error> {
+/// Sets one MSR of a vCPU.
+pub(crate) fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> Result<(), kvm_ioctls::Error> {
     match fd.set_msrs(&one_msr(index, data)?)? {
         1 => Ok(()),
         _ => Err(kvm_ioctls::Error::new(libc::EINVAL)),

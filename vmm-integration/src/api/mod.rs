@@ -51,6 +51,11 @@ pub(crate) enum Request {
     Pause,
     /// Let them run.
     Resume,
+    /// Write the VM's whole state to a file. The vCPUs stand still afterwards.
+    Snapshot {
+        /// Absolute path of a file that does not exist.
+        path: String,
+    },
     /// End the VM.
     Quit,
 }
@@ -95,6 +100,13 @@ pub(crate) enum Answer {
     Removed {
         /// Instance GUID of the bus.
         removed: String,
+    },
+    /// To [`Request::Snapshot`].
+    Saved {
+        /// The file.
+        snapshot: String,
+        /// Its length in bytes.
+        bytes: u64,
     },
     /// To [`Request::Pause`], [`Request::Resume`] and [`Request::Quit`].
     State {
@@ -148,6 +160,8 @@ pub(crate) enum RefusalKind {
     Busy,
     /// The functions cannot be plugged in.
     PlugRefused,
+    /// The VM cannot be saved.
+    SnapshotRefused,
     /// The VM is ending.
     Ending,
 }

@@ -60,6 +60,8 @@ pub(crate) enum Order {
     Pause,
     /// Let them run.
     Resume,
+    /// Stop all vCPUs and write the VM's state to a file.
+    Snapshot(PathBuf),
     /// End the VM.
     Quit,
 }
@@ -68,7 +70,7 @@ pub(crate) enum Order {
 #[derive(Debug)]
 struct Given {
     order: Order,
-    done: mpsc::Sender<MachineState>,
+    done: mpsc::Sender<Result<MachineState, Refusal>>,
 }
 
 /// Orders on their way to the main thread.
@@ -94,16 +96,19 @@ impl Orders {
     }
 
     /// Main thread: carries out what was ordered since the last call. `carry_out` gives the state of
-    /// the machine afterwards.
-    pub(crate) fn carry_out(&self, mut carry_out: impl FnMut(Order) -> MachineState) {
+    /// the machine afterwards, and whether it did what was ordered.
+    pub(crate) fn carry_out(
+        &self,
+        mut carry_out: impl FnMut(Order) -> (MachineState, Result<(), Refusal>),
+    ) {
         // Fails only when nothing was written.
         let _ = self.wake.read();
         let given = std::mem::take(&mut *lock(&self.queue));
         for Given { order, done } in given {
-            let state = carry_out(order);
+            let (state, result) = carry_out(order);
             *lock(&self.state) = state;
             // The client may have gone away.
-            let _ = done.send(state);
+            let _ = done.send(result.map(|()| state));
         }
     }
 
@@ -114,7 +119,7 @@ impl Orders {
         self.wake
             .write(1)
             .map_err(|error| Refusal::new(RefusalKind::Ending, error))?;
-        outcome.recv().map_err(ending)
+        outcome.recv().map_err(ending)?
     }
 
     fn state(&self) -> MachineState {
@@ -301,8 +306,22 @@ impl Context {
             }
             Request::Pause => state(self.orders.give(Order::Pause)?),
             Request::Resume => state(self.orders.give(Order::Resume)?),
+            Request::Snapshot { path } => self.snapshot(path),
             Request::Quit => state(self.orders.give(Order::Quit)?),
         }
+    }
+
+    fn snapshot(&self, path: String) -> Result<Answer, Refusal> {
+        if !Path::new(&path).is_absolute() {
+            return Err(bad_request(format!("'{path}' is no absolute path")));
+        }
+        self.orders.give(Order::Snapshot(PathBuf::from(&path)))?;
+        // Nobody but the user has touched it since.
+        let bytes = fs::metadata(&path).map_or(0, |file| file.len());
+        Ok(Answer::Saved {
+            snapshot: path,
+            bytes,
+        })
     }
 
     fn eject(&self, bus: &str, timeout_s: u32, wait: bool) -> Result<Answer, Refusal> {
@@ -403,8 +422,8 @@ mod tests {
         };
         while orders.state() == MachineState::Running {
             orders.carry_out(|order| match order {
-                Order::Pause => MachineState::Paused,
-                _ => MachineState::Running,
+                Order::Pause => (MachineState::Paused, Ok(())),
+                _ => (MachineState::Running, Ok(())),
             });
             thread::yield_now();
         }

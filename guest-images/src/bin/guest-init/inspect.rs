@@ -24,7 +24,10 @@ pub(crate) fn show(pid: u32) {
     std::thread::sleep(PAUSE);
     threads(pid);
     let after = counters(Path::new(DEBUGFS).join("kvm").as_path());
-    say(&format!("vpci: KVM in this second:{}", moved(&before, &after)));
+    say(&format!(
+        "vpci: KVM in this second:{}",
+        moved(&before, &after)
+    ));
 }
 
 fn threads(pid: u32) {
@@ -119,7 +122,9 @@ mod tests {
     #[test]
     fn only_counters_that_moved_are_shown() {
         let map = |list: &[(&str, u64)]| {
-            let owned = list.iter().map(|(name, value)| ((*name).to_owned(), *value));
+            let owned = list
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), *value));
             owned.collect::<BTreeMap<_, _>>()
         };
         let before = map(&[("exits", 5), ("halt_exits", 7), ("pages", 3)]);
