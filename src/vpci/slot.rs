@@ -493,6 +493,8 @@ struct BarHandler {
     /// Pages that the device does not see.
     table_pages: Range<u64>,
     pba_pages: Range<u64>,
+    /// The structures themselves, for a device of the host, which may have registers beside them.
+    exact: Option<[Range<u64>; 2]>,
 }
 
 /// The pages that hold `len` bytes from `offset` on.
@@ -520,6 +522,7 @@ impl BarHandler {
         let table_at = table.map(|msix| (u64::from(msix.table_offset), msix.table_len()));
         let pba_at = pba.map(|msix| (u64::from(msix.pba_offset), msix.pba_len()));
         let pages = |at: Option<(u64, u64)>| at.map_or(0..0, |(offset, len)| pages(offset, len));
+        let is_hosted = slot.interrupts.are_hosted();
         Self {
             slot,
             bar,
@@ -528,6 +531,9 @@ impl BarHandler {
             pba: pba_at.map(|(offset, _)| offset),
             table_pages: pages(table_at),
             pba_pages: pages(pba_at),
+            exact: is_hosted.then(|| {
+                [table_at, pba_at].map(|at| at.map_or(0..0, |(offset, len)| offset..offset + len))
+            }),
         }
     }
 
@@ -566,7 +572,9 @@ impl BarHandler {
         // The pending bits may share the table's page: whichever structure starts nearest below
         // the access answers, and knows its own end.
         let below = |start: Option<u64>| start.filter(|start| *start <= offset);
+        let beside = |exact: &[Range<u64>; 2]| exact.iter().all(|range| !range.contains(&offset));
         match (below(self.table), below(self.pba)) {
+            _ if self.exact.as_ref().is_some_and(beside) => Target::Device,
             _ if !self.table_pages.contains(&offset) && !self.pba_pages.contains(&offset) => {
                 Target::Device
             }

@@ -1,4 +1,6 @@
-use super::super::function::{Capability, InterruptLines, MsixSpec, PciIdentity};
+use super::super::function::{
+    Capability, HostVectors, InterruptLines, InterruptMode, MsixSpec, PciIdentity, VectorRoute,
+};
 use super::super::testing::{HIGH, LOW, MsiLog, host};
 use super::*;
 use crate::mem::DeviceMemory;
@@ -25,6 +27,8 @@ struct Probe {
     /// Offsets and lengths in BAR 2 of pieces that the guest may reach directly.
     direct: Vec<(u64, usize)>,
     master: AtomicBool,
+    /// Let the host deliver the interrupts.
+    hosted: bool,
 }
 
 impl PciFunction for Probe {
@@ -103,6 +107,10 @@ impl PciFunction for Probe {
         pieces.map(area).collect()
     }
 
+    fn host_vectors(&self) -> Option<Arc<dyn HostVectors>> {
+        self.hosted.then(|| Arc::new(NoVectors) as _)
+    }
+
     fn set_bus_master(&self, on: bool) {
         self.master.store(on, Ordering::SeqCst);
     }
@@ -114,6 +122,18 @@ impl PciFunction for Probe {
             resources.interrupts.raise(0);
             resources.dma.write(0, &[1]).unwrap_err();
         }
+    }
+}
+
+/// A host that delivers nothing.
+#[derive(Debug)]
+struct NoVectors;
+
+impl HostVectors for NoVectors {
+    fn set_mode(&self, _mode: InterruptMode) {}
+    fn route(&self, _vector: u16, _to: VectorRoute) {}
+    fn is_pending(&self, _vector: u16) -> bool {
+        false
     }
 }
 
@@ -618,4 +638,24 @@ fn a_device_hears_of_bus_mastering_and_of_its_end_at_a_reset() {
     rig.write(4, 4);
     rig.slot.reset(true);
     assert!(!master());
+}
+
+#[test]
+fn registers_of_a_host_device_may_share_a_page_with_the_msix_structures() {
+    let rig = rig_of(Probe {
+        hosted: true,
+        ..Probe::default()
+    });
+    rig.slot.set_powered(true);
+    rig.place(BAR0 as u32, HIGH);
+    rig.write(4, 2);
+    // Three entries of 16 bytes, and a word of pending bits in the next page.
+    assert!(rig.mmio.mmio_write(HIGH + 0x1000, &[0x44; 4]));
+    assert_eq!(rig.load(HIGH + 0x1000), 0x4444_4444);
+    assert_eq!(rig.load(HIGH + 0x2000), 0);
+    assert!(lock(&rig.device.stores).is_empty());
+    assert_eq!(rig.load(HIGH + 0x1030), 0x3232_3232);
+    assert_eq!(rig.load(HIGH + 0x2008), 0x0a0a_0a0a);
+    assert!(rig.mmio.mmio_write(HIGH + 0x1030, &[1; 4]));
+    assert_eq!(*lock(&rig.device.stores), [(2, 0x1030, vec![1; 4])]);
 }

@@ -40,6 +40,11 @@ impl Interrupts {
         Ok(())
     }
 
+    /// True if the host's kernel delivers the function's interrupts.
+    pub(crate) fn are_hosted(&self) -> bool {
+        self.host.is_some()
+    }
+
     /// Has the host send `count` messages from `data` on where the handles say now.
     fn follow(&self, data: u32, count: u16) {
         if self.host.is_none() || count == 0 {
