@@ -6,6 +6,7 @@
 
 use crate::command;
 use crate::failure::Failure;
+use crate::fuzz;
 use crate::mutants;
 use crate::rig;
 use crate::rig::Limits;
@@ -44,7 +45,7 @@ type FixedPart = fn() -> Result<()>;
 type Part<'a> = (String, Box<dyn Fn() -> Result<()> + 'a>);
 
 fn parts(options: &Options) -> Vec<Part<'_>> {
-    let fixed: [(&str, FixedPart); 8] = [
+    let fixed: [(&str, FixedPart); 9] = [
         ("formatting", formatting),
         ("clippy", clippy),
         ("clippy, portable core", clippy_portable),
@@ -52,6 +53,7 @@ fn parts(options: &Options) -> Vec<Part<'_>> {
         ("tests", tests),
         ("models of lock-free code", loom_models),
         ("portable core", portable_core),
+        ("fuzzing", fuzz::run_short),
         ("kernels and images", rig::prepare_all),
     ];
     let mut parts: Vec<Part<'_>> = Vec::new();

@@ -11,11 +11,13 @@ mod apt;
 mod binaries;
 mod built_kernel;
 mod cache;
+mod cargo_tool;
 mod ci;
 mod command;
 mod deb;
 mod emulator;
 mod failure;
+mod fuzz;
 mod images;
 mod kernel;
 mod mutants;
@@ -46,6 +48,8 @@ enum Task {
     Rig(rig::Options),
     /// Break the library in one place at a time, and demand that a conformance check notices.
     Mutants(mutants::Options),
+    /// Fuzz everything that a guest can write.
+    Fuzz(fuzz::Options),
     /// Remove everything from the cache of downloads, kernels and images.
     CleanCache,
 }
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Task::Kernel => built_kernel::run(),
         Task::Rig(options) => rig::run(&options),
         Task::Mutants(options) => mutants::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::CleanCache => cache::clean(),
     };
     failure::exit_code(result)

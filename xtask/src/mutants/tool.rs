@@ -5,10 +5,8 @@
 #![forbid(unsafe_code)]
 
 use super::sample::Outcome;
-use crate::cache::Cache;
-use crate::cache::Kind;
+use crate::cargo_tool::CargoTool;
 use crate::command;
-use crate::failure::Failure;
 use crate::workspace;
 use anyhow::Context;
 use anyhow::Result;
@@ -23,8 +21,10 @@ use std::process::Command;
 use std::process::Stdio;
 use std::time::Duration;
 
-/// What is installed where there is none.
-const VERSION: &str = "27.1.0";
+const TOOL: CargoTool = CargoTool {
+    name: "cargo-mutants",
+    version: "27.1.0",
+};
 /// Random cases of a property test, and no search for a smaller one that fails: a mutant that only
 /// the full number finds lacks a test of its own.
 const PROPERTY_TESTS: [(&str, &str); 2] =
@@ -93,7 +93,7 @@ impl Tool {
         let tree = folder.join("tree");
         copy_workspace(&tree)?;
         Ok(Self {
-            program: program()?,
+            program: TOOL.program(&["mutants", "--version"])?,
             folder,
             tree,
         })
@@ -162,27 +162,6 @@ impl Tool {
         command.envs(PROPERTY_TESTS).env_remove("RUSTFLAGS");
         command
     }
-}
-
-/// The machine's own cargo-mutants, or one in the cache.
-fn program() -> Result<PathBuf> {
-    let own = PathBuf::from("cargo-mutants");
-    if command::output(Command::new(&own).args(["mutants", "--version"])).is_ok() {
-        return Ok(own);
-    }
-    let name = format!("cargo-mutants-{VERSION}");
-    let entry = Cache::open()?.entry(Kind::Tools, &name, |folder| {
-        eprintln!("this machine has no cargo-mutants: installing {VERSION} into the cache");
-        let mut install = workspace::cargo();
-        install.args(["install", "--locked", "--root"]).arg(folder);
-        install.arg(format!("cargo-mutants@{VERSION}"));
-        install.env_remove("CARGO_TARGET_DIR");
-        command::run_on_stderr(&mut install).map_err(|error| {
-            let text = format!("{error:#}; `cargo install --locked cargo-mutants` would get it");
-            Failure::Lacking(text).into()
-        })
-    })?;
-    Ok(entry.join("bin/cargo-mutants"))
 }
 
 /// Makes `tree` a copy of the files that git knows or would know. Files that are the same already
