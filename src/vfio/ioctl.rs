@@ -9,6 +9,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::raw::{c_int, c_ulong};
 
+use super::nested::InvalidationData;
 use iommufd_bindings as iommufd;
 use vfio_bindings::bindings::vfio;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_val};
@@ -57,7 +58,7 @@ sized! {
         vfio::vfio_iommu_type1_dma_unmap;
     size: iommufd::iommu_destroy, iommufd::iommu_ioas_alloc, iommufd::iommu_ioas_iova_ranges,
         iommufd::iommu_ioas_map, iommufd::iommu_ioas_unmap, iommufd::iommu_hwpt_alloc,
-        iommufd::iommu_hw_info;
+        iommufd::iommu_hw_info, iommufd::iommu_hwpt_invalidate;
 }
 
 const fn call<T>(number: c_ulong) -> Call<T> {
@@ -116,6 +117,8 @@ pub(super) const IOAS_UNMAP: Call<iommufd::iommu_ioas_unmap> =
     call(number(iommufd::IOMMUFD_CMD_IOAS_UNMAP));
 pub(super) const HWPT_ALLOC: Call<iommufd::iommu_hwpt_alloc> =
     call(number(iommufd::IOMMUFD_CMD_HWPT_ALLOC));
+pub(super) const HWPT_INVALIDATE: Call<iommufd::iommu_hwpt_invalidate> =
+    call(number(iommufd::IOMMUFD_CMD_HWPT_INVALIDATE));
 pub(super) const GET_HW_INFO: Call<iommufd::iommu_hw_info> =
     call(number(iommufd::IOMMUFD_CMD_GET_HW_INFO));
 
@@ -344,6 +347,39 @@ pub(super) fn hwpt_alloc(
     Ok(alloc.out_hwpt_id)
 }
 
+/// Invalidates entries of a nested table; how many are done, and whether all.
+pub(super) fn hwpt_invalidate(
+    iommufd: BorrowedFd<'_>,
+    hwpt: u32,
+    entries: &InvalidationData,
+) -> (u32, io::Result<()>) {
+    let data = &entries.data;
+    if data.len() as u64 != u64::from(entries.entry_len) * u64::from(entries.count) {
+        return (0, Err(io::Error::from_raw_os_error(libc::EINVAL)));
+    }
+    let mut invalidate = iommufd::iommu_hwpt_invalidate {
+        hwpt_id: hwpt,
+        data_uptr: if data.is_empty() {
+            0
+        } else {
+            data.as_ptr() as u64
+        },
+        data_type: entries.data_type,
+        entry_len: entries.entry_len,
+        entry_num: entries.count,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads `entry_num` entries of `entry_len` bytes, which are all of `data`. It
+    // stores how many it has done, on failure too.
+    let result = unsafe { call_with(iommufd, &HWPT_INVALIDATE, &mut invalidate) };
+    let done = match &result {
+        // Of a call that did not get as far, nothing was stored.
+        Err(_) if invalidate.entry_num == entries.count => 0,
+        _ => invalidate.entry_num,
+    };
+    (done, result.map(drop))
+}
+
 /// What iommufd tells about the IOMMU of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HwInfo {
@@ -455,6 +491,7 @@ mod tests {
         assert_eq!(IOAS_UNMAP.number, 0x3b86);
         assert_eq!(HWPT_ALLOC.number, 0x3b89);
         assert_eq!(GET_HW_INFO.number, 0x3b8a);
+        assert_eq!(HWPT_INVALIDATE.number, 0x3b8d);
     }
 
     #[test]
@@ -477,6 +514,7 @@ mod tests {
         assert_eq!(size_of::<iommufd::iommu_ioas_unmap>(), 24);
         assert_eq!(size_of::<iommufd::iommu_hwpt_alloc>(), 48);
         assert_eq!(size_of::<iommufd::iommu_hw_info>(), 40);
+        assert_eq!(size_of::<iommufd::iommu_hwpt_invalidate>(), 32);
     }
 
     #[test]

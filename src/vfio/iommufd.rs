@@ -10,6 +10,7 @@ use vfio_bindings::bindings::vfio;
 
 use super::error::VfioError;
 use super::ioctl::{self, HwInfo};
+use super::nested::InvalidationData;
 use super::node;
 use crate::backend::{Permissions, SpaceLimits};
 use crate::mem::{PAGE_SIZE, RamPiece};
@@ -24,6 +25,11 @@ pub struct IommuFd {
 }
 
 impl IommuFd {
+    /// An iommufd that is open already.
+    pub fn new(file: File) -> Self {
+        Self { file }
+    }
+
     /// Opens `/dev/iommu` for the device at `address`.
     pub(super) fn open(address: &str) -> Result<Self, VfioError> {
         let advice = "modprobe iommufd (CONFIG_IOMMUFD)";
@@ -130,6 +136,12 @@ impl IommuFd {
     /// What the kernel says.
     pub fn hw_info(&self, device: u32, data: &mut [u8]) -> io::Result<HwInfo> {
         ioctl::hw_info(self.file.as_fd(), device, data)
+    }
+
+    /// Has the kernel forget translations of a nested page table object, in one call. Yields how many
+    /// entries it has done, whether it has done all of them or failed at the next.
+    pub fn invalidate(&self, hwpt: u32, entries: &InvalidationData) -> (u32, io::Result<()>) {
+        ioctl::hwpt_invalidate(self.file.as_fd(), hwpt, entries)
     }
 
     /// Destroys an object.

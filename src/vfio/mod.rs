@@ -12,6 +12,7 @@ mod function;
 mod info;
 mod ioctl;
 mod iommufd;
+pub mod nested;
 mod node;
 mod vectors;
 

@@ -1,4 +1,5 @@
-//! Static builds of what runs inside the rig: the init of both kernels and the reference VMM.
+//! Static builds of what runs inside the rig: the init of both kernels, the reference VMM, and the
+//! program for the kernel's mock IOMMU.
 #![forbid(unsafe_code)]
 
 use crate::command;
@@ -15,6 +16,8 @@ pub(crate) struct Binaries {
     pub(crate) init: PathBuf,
     /// The reference VMM.
     pub(crate) vmm: PathBuf,
+    /// Nested tables on the kernel's mock IOMMU.
+    pub(crate) nested_mock: PathBuf,
 }
 
 /// Builds the static binaries.
@@ -28,7 +31,14 @@ pub(crate) fn build() -> Result<Binaries> {
     command
         .args(["build", "--release", "--target", TARGET, "--target-dir"])
         .arg(&directory)
-        .args(["-p", "guest-images", "-p", "vpci-vmm"])
+        .args([
+            "-p",
+            "guest-images",
+            "-p",
+            "vpci-vmm",
+            "-p",
+            "vpci-nested-mock",
+        ])
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
     command::run_on_stderr(&mut command)?;
@@ -36,5 +46,6 @@ pub(crate) fn build() -> Result<Binaries> {
     Ok(Binaries {
         init: output.join("guest-init"),
         vmm: output.join("vpci-vmm"),
+        nested_mock: output.join("nested-mock"),
     })
 }

@@ -339,6 +339,7 @@ impl Prepared {
     fn fill_share(&self, share: &Path) -> Result<()> {
         fs::create_dir(share)?;
         fs::copy(&self.binaries.vmm, share.join("vpci-vmm"))?;
+        fs::copy(&self.binaries.nested_mock, share.join("nested-mock"))?;
         for (family, image) in &self.guests {
             link(&image.kernel, &share.join(scenarios::kernel_file(family)))?;
             link(&image.initrd, &share.join(scenarios::initrd_file(family)))?;

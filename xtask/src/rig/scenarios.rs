@@ -20,6 +20,8 @@ const GROW_MIB: u32 = 8;
 const RUN_LIMIT_S: u64 = 480;
 /// Time limit of the conformance suite in seconds.
 const CONFORMANCE_LIMIT_S: u64 = 900;
+/// Time limit of the calls to the kernel's mock IOMMU in seconds.
+const NESTED_MOCK_LIMIT_S: u64 = 60;
 
 /// Bus GUIDs: Data2 is the PCI domain, different for each bus of a guest.
 const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
@@ -85,6 +87,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(pviommu_map()),
         optional(eject("linux-7")),
         optional(surprise("linux-7")),
+        optional(nested_mock()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -328,6 +331,23 @@ fn surprise(family: &str) -> Scenario {
         run.mode = Mode::Surprise;
     }
     scenario
+}
+
+/// The operations of nested translation on a real iommufd, with an IOMMU that the kernel makes up.
+fn nested_mock() -> Scenario {
+    Scenario {
+        l1: L1 {
+            kernel: Some("linux-7-pviommu".into()),
+            ..L1::default()
+        },
+        exec: Some("/host/nested-mock".into()),
+        time_limit_s: NESTED_MOCK_LIMIT_S,
+        ..scenario(
+            "vfio-nested-mock",
+            "nested first-stage tables on the mock IOMMU of L1's kernel, call by call",
+            Vec::new(),
+        )
+    }
 }
 
 /// The conformance suite with its guests on L1's KVM, which takes part in answering hypercalls or
