@@ -68,6 +68,10 @@ pub struct Run {
     /// [`Mode::Rebind`], [`Mode::Eject`] and [`Mode::Surprise`]; without meaning otherwise.
     #[serde(default)]
     pub repeat: u32,
+    /// How often the VM is saved and goes on in a new VMM: at each step that the guest names, up to
+    /// this number.
+    #[serde(default)]
+    pub snapshots: u32,
     /// Value of the VMM's `--hyperv` option; `None` leaves the option out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hyperv: Option<String>,
@@ -143,7 +147,7 @@ impl Mode {
         matches!(self, Mode::Rebind | Mode::Eject | Mode::Surprise)
     }
 
-    /// Whether the VMM is told what to do while it runs.
+    /// Whether the guest asks for buses to be plugged in and taken away.
     pub fn is_controlled(self) -> bool {
         matches!(self, Mode::Eject | Mode::Surprise)
     }
@@ -190,6 +194,11 @@ impl FromStr for Mode {
 }
 
 impl Run {
+    /// Whether the VMM is told what to do while it runs.
+    pub fn is_controlled(&self) -> bool {
+        self.mode.is_controlled() || self.snapshots > 0
+    }
+
     /// The guest's share of this run, ready for the L2 kernel command line.
     pub fn guest_params(&self) -> GuestParams {
         GuestParams {
@@ -288,6 +297,7 @@ mod tests {
             ],
             mode: Mode::Full,
             repeat: 0,
+            snapshots: 0,
             hyperv: None,
             domain: Some(Domain::Lazy),
             time_limit_s: 120,

@@ -56,6 +56,7 @@ fn run(mode: Mode) -> Run {
             Mode::Reboot | Mode::Rebind | Mode::Eject | Mode::Surprise => 2,
             _ => 0,
         },
+        snapshots: 0,
         hyperv: None,
         domain: Some(Domain::Strict),
         time_limit_s: 100,

@@ -88,6 +88,8 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(eject("linux-7")),
         optional(surprise("linux-7")),
         optional(nested_mock()),
+        optional(multifunction("linux-7")),
+        optional(snapshot("linux-7")),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -350,6 +352,39 @@ fn nested_mock() -> Scenario {
     }
 }
 
+/// Two functions on one bus: every check, then ejected and plugged in again together.
+fn multifunction(family: &str) -> Scenario {
+    let functions = || vec![disk(BUS_A, 0, 2, 0), entropy(BUS_A, 1)];
+    let with = |name: &str, mode, repeat| Run {
+        name: name.into(),
+        functions: functions(),
+        repeat,
+        ..run(family, 2, mode)
+    };
+    scenario(
+        "multifunction",
+        "a disk and an entropy source on one bus: every check; ejected and plugged in again",
+        vec![with("checks", Mode::Full, 0), with("eject", Mode::Eject, 2)],
+    )
+}
+
+/// The VM is saved and goes on in another process, at every step of a run.
+fn snapshot(family: &str) -> Scenario {
+    let with = |name: &str, mode, repeat| Run {
+        name: name.into(),
+        functions: vec![disk(BUS_A, 0, 2, 0), entropy(BUS_B, 0)],
+        repeat,
+        snapshots: 12,
+        time_limit_s: RUN_LIMIT_S * 2,
+        ..run(family, 2, mode)
+    };
+    scenario(
+        "snapshot",
+        "saved and restored in a new process at each step: probe, data, load, moves; removal",
+        vec![with("checks", Mode::Full, 0), with("eject", Mode::Eject, 1)],
+    )
+}
+
 /// The conformance suite with its guests on L1's KVM, which takes part in answering hypercalls or
 /// does not.
 fn conformance(name: &str, hyperv: &str) -> Scenario {
@@ -388,6 +423,7 @@ fn run(family: &str, cpus: u32, mode: Mode) -> Run {
         functions: Vec::new(),
         mode,
         repeat: 0,
+        snapshots: 0,
         hyperv: Some("user".into()),
         domain: None,
         time_limit_s: RUN_LIMIT_S,

@@ -25,6 +25,7 @@ mod pci;
 mod rebind;
 mod rig;
 mod rng;
+mod saves;
 mod system;
 mod vfio_user;
 mod vmm;

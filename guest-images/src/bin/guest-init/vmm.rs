@@ -1,18 +1,22 @@
 //! One run of the reference VMM: started, listened to, limited in time, ended.
 
 use crate::inspect;
+use crate::saves::Saves;
 use crate::system::put;
 use anyhow::{Context, Result, bail};
 use guest_images::report::{EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
 use guest_images::scenario::{Function, PciAddress, Run};
 use guest_images::verdict::json_after;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// Longest console line that is kept; a guest cannot make the rig hold more.
 const LINE_LIMIT: u64 = 4 << 20;
@@ -31,6 +35,8 @@ const QUIET_LIMIT: Duration = Duration::from_secs(45);
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// How long a bus that was taken away may keep its name.
 const PLUG_LIMIT: Duration = Duration::from_secs(30);
+/// How long a VMM may take to read a snapshot.
+const RESTORE_LIMIT: Duration = Duration::from_secs(60);
 /// Pause between looks at the child.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -72,8 +78,8 @@ pub(crate) struct Outcome {
     pub(crate) took: Duration,
 }
 
-/// The VMM's command line for a run.
-fn command(run: &Run, files: &Files<'_>) -> Command {
+/// The VMM's command line for a run, without the functions of the buses that are away.
+fn command(run: &Run, files: &Files<'_>, absent: &BTreeSet<Uuid>) -> Command {
     let mut command = Command::new(files.share.join("vpci-vmm"));
     command
         .arg("run")
@@ -84,13 +90,14 @@ fn command(run: &Run, files: &Files<'_>) -> Command {
         .args(["--cmdline", &run.guest_cmdline()])
         .args(["--cpus", &run.cpus.to_string()])
         .args(["--memory", &format!("{}M", run.memory_mib)]);
-    for function in &run.functions {
+    let here = |function: &&Function| !absent.contains(&function.bus());
+    for function in run.functions.iter().filter(here) {
         command.args(["--vpci", &specification(function, files)]);
     }
     if let Some(hyperv) = &run.hyperv {
         command.args(["--hyperv", hyperv]);
     }
-    if run.mode.is_controlled() {
+    if run.is_controlled() {
         command.arg("--api-socket").arg(files.socket());
     }
     command.arg("--report").arg(files.report());
@@ -121,30 +128,18 @@ fn specification(function: &Function, files: &Files<'_>) -> String {
 /// Runs the VMM to its end or to the time limit.
 pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
     let start = Instant::now();
-    let mut command = command(run, files);
-    let mut child = command
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
-    let lines = listen(&mut child)?;
-    let mut vmm = Vmm {
-        child,
-        run,
-        files,
-        guest: None,
-        last_words: None,
-        failure: None,
-    };
-    vmm.follow(&lines, start + Duration::from_secs(run.time_limit_s));
+    let mut vmm = Vmm::start(run, files, command(run, files, &BTreeSet::new()))?;
+    vmm.follow(start + Duration::from_secs(run.time_limit_s));
     let failure = match vmm.reap() {
         Ok(()) => vmm.failure,
         Err(error) => Some(
             vmm.failure
                 .map_or(format!("{error:#}"), |first| format!("{first}; {error:#}")),
         ),
+    };
+    let failure = match (failure, vmm.saves.finish(files)) {
+        (None, Err(error)) => Some(format!("{error:#}")),
+        (failure, _) => failure,
     };
     Ok(Outcome {
         failure,
@@ -155,22 +150,67 @@ pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
 
 struct Vmm<'a> {
     child: Child,
+    lines: Receiver<String>,
+    /// The start of a line that the end of a VMM cut.
+    tail: Tail,
+    /// Lines that came while the VM was being saved.
+    backlog: VecDeque<String>,
     run: &'a Run,
     files: &'a Files<'a>,
+    /// Buses of the run that are not plugged in now.
+    absent: BTreeSet<Uuid>,
+    saves: Saves,
     guest: Option<Result<GuestReport, String>>,
     /// What to tell when no report comes: the line by which the guest gave up, else its last one.
     last_words: Option<String>,
     failure: Option<String>,
 }
 
-impl Vmm<'_> {
+/// The start of a line, with the lines of one VMM behind that of another.
+type Tail = Arc<Mutex<Vec<u8>>>;
+
+impl<'a> Vmm<'a> {
+    fn start(run: &'a Run, files: &'a Files<'a>, mut command: Command) -> Result<Self> {
+        let tail = Tail::default();
+        let (child, lines) = spawn(&mut command, &tail)?;
+        Ok(Self {
+            child,
+            lines,
+            tail,
+            backlog: VecDeque::new(),
+            run,
+            files,
+            absent: BTreeSet::new(),
+            saves: Saves::default(),
+            guest: None,
+            last_words: None,
+            failure: None,
+        })
+    }
+
+    /// The next line of the console.
+    fn next_line(&mut self, limit: Duration) -> Result<String, RecvTimeoutError> {
+        if let Some(line) = self.backlog.pop_front() {
+            return Ok(line);
+        }
+        let line = self.lines.recv_timeout(limit);
+        if let Err(RecvTimeoutError::Disconnected) = line {
+            // What the last VMM has not ended with a line feed.
+            let rest = std::mem::take(&mut *lock(&self.tail));
+            if !rest.is_empty() {
+                return Ok(String::from_utf8_lossy(&rest).into_owned());
+            }
+        }
+        line
+    }
+
     /// Handles console lines until the VMM closes its output or the time is over.
-    fn follow(&mut self, lines: &Receiver<String>, mut deadline: Instant) {
+    fn follow(&mut self, mut deadline: Instant) {
         let mut inspected = false;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let quiet = left.min(QUIET_LIMIT);
-            match lines.recv_timeout(if inspected { left } else { quiet }) {
+            match self.next_line(if inspected { left } else { quiet }) {
                 Ok(line) => {
                     if line.contains(FAIL_PREFIX) && !inspected {
                         inspected = true;
@@ -182,6 +222,13 @@ impl Vmm<'_> {
                     }
                     if let Err(error) = self.line(&line) {
                         self.fail(format!("{error:#}"));
+                    }
+                    if self.guest.is_none()
+                        && self.saves.is_due(self.run, &line)
+                        && let Err(error) = self.save_and_restore()
+                    {
+                        self.fail(format!("snapshot: {error:#}"));
+                        return;
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -215,8 +262,8 @@ impl Vmm<'_> {
         };
         match event.trim().split_once(' ') {
             Some(("grow", address)) => self.grow(address),
-            Some(("eject", bus)) => self.ctl(&["eject", bus]),
-            Some(("remove", bus)) => self.ctl(&["remove", "--surprise", bus]),
+            Some(("eject", bus)) => self.take_away(&["eject", bus], bus),
+            Some(("remove", bus)) => self.take_away(&["remove", "--surprise", bus], bus),
             Some(("plug", bus)) => self.plug(bus),
             _ => bail!("the guest asked for the unknown event {event:?}"),
         }
@@ -257,8 +304,40 @@ impl Vmm<'_> {
         kill_process(self.pid()?, Signal::HUP).context("SIGHUP to the VMM")
     }
 
+    fn take_away(&mut self, words: &[&str], bus: &str) -> Result<()> {
+        self.absent.insert(bus.parse().context("GUID of a bus")?);
+        self.ctl(words)
+    }
+
+    /// Saves the VM, ends the VMM, and goes on with the VM in a new one.
+    fn save_and_restore(&mut self) -> Result<()> {
+        std::thread::sleep(self.saves.delay());
+        let path = self.files.scratch.join("snapshot");
+        let name = path.to_string_lossy().into_owned();
+        self.ctl(&["snapshot", &name])?;
+        self.ctl(&["quit"])?;
+        while let Ok(line) = self.lines.recv_timeout(TERM_LIMIT) {
+            self.backlog.push_back(line);
+        }
+        self.reap()?;
+        self.saves.taken(self.files)?;
+        let mut command = command(self.run, self.files, &self.absent);
+        command.arg("--restore").arg(&path);
+        (self.child, self.lines) = spawn(&mut command, &self.tail)?;
+        // The VMM listens when it has read the file, and has no more use for it.
+        let start = Instant::now();
+        while self.ctl(&["list"]).is_err() {
+            if start.elapsed() > RESTORE_LIMIT {
+                bail!("the restored VM does not answer");
+            }
+            std::thread::sleep(POLL);
+        }
+        std::fs::remove_file(&path).context(name)
+    }
+
     /// Plugs a bus in again. The guest may not have released its channel yet.
-    fn plug(&self, bus: &str) -> Result<()> {
+    fn plug(&mut self, bus: &str) -> Result<()> {
+        self.absent.remove(&bus.parse().context("GUID of a bus")?);
         let on_bus = |function: &&Function| function.bus().to_string() == bus;
         let functions = self.run.functions.iter().filter(on_bus);
         let specs: Vec<_> = functions.map(|f| specification(f, self.files)).collect();
@@ -328,34 +407,59 @@ impl Vmm<'_> {
     }
 }
 
-/// Copies the VMM's output to the console and gives the lines of its standard output. The channel
+fn lock(tail: &Tail) -> MutexGuard<'_, Vec<u8>> {
+    tail.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn spawn(command: &mut Command, tail: &Tail) -> Result<(Child, Receiver<String>)> {
+    let mut child = command
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
+    let lines = listen(&mut child, tail)?;
+    Ok((child, lines))
+}
+
+/// Copies the VMM's output to the console and gives the lines of its standard output, the first of
+/// them behind what is in `tail`; what comes behind the last line feed goes there. The channel
 /// closes with the output.
-fn listen(child: &mut Child) -> Result<Receiver<String>> {
+fn listen(child: &mut Child, tail: &Tail) -> Result<Receiver<String>> {
     let stdout = child.stdout.take().context("output of the VMM")?;
     let stderr = child.stderr.take().context("errors of the VMM")?;
     let (sender, receiver) = channel();
-    std::thread::spawn(move || forward(stdout, Some(&sender)));
+    let tail = tail.clone();
+    std::thread::spawn(move || forward(stdout, Some((&sender, &tail))));
     std::thread::spawn(move || forward(stderr, None));
     Ok(receiver)
 }
 
-fn forward(source: impl Read, lines: Option<&Sender<String>>) {
+fn forward(source: impl Read, lines: Option<(&Sender<String>, &Tail)>) {
     let mut source = BufReader::new(source);
     loop {
         let mut line = Vec::new();
-        match source
+        let whole = match source
             .by_ref()
             .take(LINE_LIMIT)
             .read_until(b'\n', &mut line)
         {
             Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        if !line.ends_with(b"\n") {
-            line.push(b'\n');
-        }
+            Ok(length) => line.ends_with(b"\n") || length as u64 == LINE_LIMIT,
+        };
         put(&line);
-        let Some(lines) = lines else { continue };
+        if !line.ends_with(b"\n") {
+            put(b"\n");
+        }
+        let Some((lines, tail)) = lines else { continue };
+        let mut start = lock(tail);
+        start.extend_from_slice(&line);
+        if !whole {
+            continue;
+        }
+        let line = std::mem::take(&mut *start);
+        drop(start);
         if lines
             .send(String::from_utf8_lossy(&line).into_owned())
             .is_err()
@@ -409,6 +513,7 @@ mod tests {
             ],
             mode: Mode::Full,
             repeat: 0,
+            snapshots: 0,
             hyperv: Some("user".into()),
             domain: None,
             time_limit_s: 60,
@@ -421,7 +526,7 @@ mod tests {
             share: Path::new("/host"),
             scratch: Path::new("/scratch"),
         };
-        let command = command(&run(), &files);
+        let command = command(&run(), &files, &BTreeSet::new());
         let words: Vec<_> = command
             .get_args()
             .map(|word| word.to_string_lossy())
@@ -449,23 +554,10 @@ mod tests {
                 scratch: Path::new("/nonexistent"),
             },
         );
-        let mut child = Command::new("sh")
-            .args(["-c", script])
-            .process_group(0)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = listen(&mut child).unwrap();
-        let mut vmm = Vmm {
-            child,
-            run: &run,
-            files: &files,
-            guest: None,
-            last_words: None,
-            failure: None,
-        };
-        vmm.follow(&lines, Instant::now() + Duration::from_secs(limit_s));
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]);
+        let mut vmm = Vmm::start(&run, &files, shell).unwrap();
+        vmm.follow(Instant::now() + Duration::from_secs(limit_s));
         let end = vmm.reap();
         check(vmm, end)
     }
