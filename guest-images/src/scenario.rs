@@ -62,10 +62,13 @@ pub struct Run {
     pub memory_mib: u32,
     /// The PCI functions the guest gets, in the order of the `--vpci` options.
     pub functions: Vec<Function>,
+    /// What takes the place of the functions on the same bus in [`Mode::ReuseId`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub substitutes: Vec<Function>,
     /// What the guest does.
     pub mode: Mode,
-    /// How often the mode repeats its own step: resets in [`Mode::Reboot`], cycles in
-    /// [`Mode::Rebind`], [`Mode::Eject`] and [`Mode::Surprise`]; without meaning otherwise.
+    /// How often the mode repeats its own step: resets in [`Mode::Reboot`], cycles where
+    /// [`Mode::cycles_buses`]; without meaning otherwise.
     #[serde(default)]
     pub repeat: u32,
     /// How often the VM is saved and goes on in a new VMM: at each step that the guest names, up to
@@ -137,19 +140,31 @@ pub enum Mode {
     MapBenchmark,
     /// As [`Mode::Rebind`], but the VMM ejects each bus in order and plugs it in again.
     Eject,
-    /// As [`Mode::Rebind`], but the VMM takes each bus away by surprise and plugs it in again.
+    /// As [`Mode::Rebind`], but the VMM takes each bus of test devices away by surprise and plugs it in
+    /// again. Drivers of virtio devices do not survive that (docs/testing.md).
     Surprise,
+    /// Only the first bus is there at first. Under load on its disk the VMM plugs the others in and
+    /// ejects them, [`Run::repeat`] times, and leaves them in; then what [`Mode::Short`] does.
+    Hotplug,
+    /// Each bus with [`Run::substitutes`] is ejected, comes back with those, is ejected and comes back
+    /// as it was, [`Run::repeat`] times; then what [`Mode::Short`] does.
+    ReuseId,
+    /// Under load the guest starts another kernel by kexec, which does what [`Mode::Short`] does.
+    Kexec,
 }
 
 impl Mode {
     /// Whether buses go away and come back, [`Run::repeat`] times.
     pub fn cycles_buses(self) -> bool {
-        matches!(self, Mode::Rebind | Mode::Eject | Mode::Surprise)
+        self == Mode::Rebind || self.is_controlled()
     }
 
     /// Whether the guest asks for buses to be plugged in and taken away.
     pub fn is_controlled(self) -> bool {
-        matches!(self, Mode::Eject | Mode::Surprise)
+        matches!(
+            self,
+            Mode::Eject | Mode::Surprise | Mode::Hotplug | Mode::ReuseId
+        )
     }
 
     /// The word used on the kernel command line.
@@ -164,6 +179,9 @@ impl Mode {
             Mode::MapBenchmark => "map-benchmark",
             Mode::Eject => "eject",
             Mode::Surprise => "surprise",
+            Mode::Hotplug => "hotplug",
+            Mode::ReuseId => "reuse-id",
+            Mode::Kexec => "kexec",
         }
     }
 }
@@ -185,6 +203,9 @@ impl FromStr for Mode {
             Mode::MapBenchmark,
             Mode::Eject,
             Mode::Surprise,
+            Mode::Hotplug,
+            Mode::ReuseId,
+            Mode::Kexec,
         ];
         let mut modes = modes.into_iter();
         modes
@@ -199,20 +220,22 @@ impl Run {
         self.mode.is_controlled() || self.snapshots > 0
     }
 
+    /// The functions that are plugged in when the guest boots.
+    pub fn at_boot(&self) -> impl Iterator<Item = &Function> {
+        let first = self.functions.first().map(Function::bus);
+        let later = self.mode == Mode::Hotplug;
+        let functions = self.functions.iter();
+        functions.filter(move |function| !later || Some(function.bus()) == first)
+    }
+
     /// The guest's share of this run, ready for the L2 kernel command line.
     pub fn guest_params(&self) -> GuestParams {
         GuestParams {
             mode: self.mode,
             repeat: self.repeat,
             time_limit_s: self.time_limit_s.saturating_sub(WATCHDOG_LEAD_S).max(1),
-            expect: self
-                .functions
-                .iter()
-                .map(|function| Expected {
-                    address: function.address(),
-                    kind: function.kind(),
-                })
-                .collect(),
+            expect: self.functions.iter().map(Expected::from).collect(),
+            swap: self.substitutes.iter().map(Expected::from).collect(),
             grow: self
                 .functions
                 .iter()
@@ -295,6 +318,11 @@ mod tests {
                     iommu: false,
                 },
             ],
+            substitutes: vec![Function::Rng {
+                bus: "11111111-0043-4000-8000-000000000003".parse().unwrap(),
+                function: 0,
+                iommu: false,
+            }],
             mode: Mode::Full,
             repeat: 0,
             snapshots: 0,

@@ -181,10 +181,12 @@ pub(super) fn rngs(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
 
 /// Under load nothing was lost, wrong or late while interrupts moved.
 pub(super) fn loads(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
-    if run.mode != Mode::Full {
-        return;
-    }
-    for address in addresses(run, Kind::Blk) {
+    let under_load = match run.mode {
+        Mode::Full => usize::MAX,
+        Mode::Hotplug => 1,
+        _ => 0,
+    };
+    for address in addresses(run, Kind::Blk).take(under_load) {
         let mut fail = |what: String| failures.push(format!("{address}: load: {what}"));
         let Some(load) = guest.loads.iter().find(|load| load.address == address) else {
             fail("not in the report".into());
@@ -204,6 +206,9 @@ pub(super) fn loads(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) 
         }
         if load.max_latency_us >= LATENCY_LIMIT_US {
             fail(format!("a request took {} us", load.max_latency_us));
+        }
+        if run.mode != Mode::Full {
+            continue;
         }
         // CPU 0 keeps the VMBus connection and stays online.
         for cpu in (1..run.cpus).filter(|cpu| !load.cpu_cycles.contains(cpu)) {
@@ -258,14 +263,33 @@ pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
     if !run.mode.cycles_buses() {
         return;
     }
+    // Those that come and go, and the functions whose data is read in between.
+    let swapped = |function: &Function| {
+        let mut others = run.substitutes.iter();
+        others.any(|other| other.bus() == function.bus())
+    };
+    let at_boot: BTreeSet<_> = run.at_boot().map(Function::bus).collect();
+    let cycled = |function: &&Function| match run.mode {
+        Mode::Surprise => function.kind() == Kind::Testdev,
+        Mode::ReuseId => swapped(function),
+        Mode::Hotplug => !at_boot.contains(&function.bus()),
+        _ => true,
+    };
+    let read = match run.mode {
+        Mode::ReuseId => &run.substitutes,
+        _ => &run.functions,
+    };
     let buses: BTreeSet<String> = run
         .functions
         .iter()
+        .filter(cycled)
         .map(|function| function.bus().to_string())
         .collect();
+    if buses.is_empty() {
+        failures.push("no bus comes and goes".into());
+    }
     for bus in &buses {
-        let data: u64 = run
-            .functions
+        let data: u64 = read
             .iter()
             .filter(|function| function.bus().to_string() == *bus)
             .map(|function| match function {

@@ -36,7 +36,7 @@ pub(super) fn dma(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
     let translated = run.domain.is_some_and(Domain::translates);
     for function in testdevs(run) {
         let address = function.address();
-        for (owner, test, times) in asked(run.mode) {
+        for (owner, test, times) in asked(run) {
             let mut fail = |what: String| {
                 let (owner, test) = (owner.as_str(), test.as_str());
                 failures.push(format!("{address}: dma: {test} by {owner}: {what}"));
@@ -58,10 +58,11 @@ pub(super) fn dma(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
     }
 }
 
-/// Who does which test, and how often, in a mode.
-fn asked(mode: Mode) -> Vec<(DmaOwner, DmaTest, usize)> {
+/// Who does which test, and how often, in a run.
+fn asked(run: &Run) -> Vec<(DmaOwner, DmaTest, usize)> {
     let all = |owner, times| DmaTest::ALL.map(|test| (owner, test, times)).to_vec();
-    match mode {
+    match run.mode {
+        Mode::Surprise => vec![(DmaOwner::Driver, DmaTest::Copy, run.repeat as usize)],
         Mode::Dma => all(DmaOwner::Driver, 1),
         Mode::VfioUser => {
             let mut asked = all(DmaOwner::User, VFIO_CYCLES);

@@ -145,7 +145,10 @@ fn guest_end(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
             guest.cpus, run.cpus
         ));
     }
-    let boot = resets(run) + 1;
+    let boot = match run.mode {
+        Mode::Kexec => run.repeat + 1,
+        _ => resets(run) + 1,
+    };
     // Boots are counted on a disk that can be written.
     if writable_disks(run) > 0 && guest.boot != boot {
         failures.push(format!("guest: boot {}, not {boot}", guest.boot));

@@ -51,9 +51,24 @@ fn run(mode: Mode) -> Run {
                 iommu: true,
             },
         ],
+        substitutes: match mode {
+            // A disk in place of the entropy source.
+            Mode::ReuseId => vec![Function::Blk {
+                bus: RNG_BUS.parse().unwrap(),
+                function: 0,
+                size_mib: 64,
+                queues: 2,
+                readonly: false,
+                grow_mib: 0,
+                iommu: false,
+            }],
+            _ => Vec::new(),
+        },
         mode,
         repeat: match mode {
-            Mode::Reboot | Mode::Rebind | Mode::Eject | Mode::Surprise => 2,
+            Mode::Kexec => 1,
+            Mode::Reboot => 2,
+            mode if mode.cycles_buses() => 2,
             _ => 0,
         },
         snapshots: 0,
@@ -140,7 +155,11 @@ fn guest(mode: Mode) -> GuestReport {
         version: REPORT_VERSION,
         kernel: "7.3.4-amd64".into(),
         mode,
-        boot: if mode == Mode::Reboot { 3 } else { 1 },
+        boot: match mode {
+            Mode::Reboot => 3,
+            Mode::Kexec => 2,
+            _ => 1,
+        },
         cpus: 2,
         uptime_s: 20.5,
         functions: vec![
@@ -206,18 +225,25 @@ fn guest(mode: Mode) -> GuestReport {
         }],
         rebinds: (1..=2)
             .flat_map(|cycle| {
-                [(BLK_BUS, SIZE), (RNG_BUS, 0), (DEV_BUS, 0)].map(|(bus, verified)| RebindReport {
-                    cycle,
-                    vmbus_device: bus.into(),
-                    gone: true,
-                    back: true,
-                    millis: 100,
-                    verified,
+                let read = match mode {
+                    Mode::ReuseId => SIZE,
+                    _ => 0,
+                };
+                [(BLK_BUS, SIZE), (RNG_BUS, read), (DEV_BUS, 0)].map(|(bus, verified)| {
+                    RebindReport {
+                        cycle,
+                        vmbus_device: bus.into(),
+                        gone: true,
+                        back: true,
+                        millis: 100,
+                        verified,
+                    }
                 })
             })
             .collect(),
         dma: match mode {
             Mode::Dma => DmaTest::ALL.map(dma).into(),
+            Mode::Surprise => vec![dma(DmaTest::Copy); 2],
             Mode::VfioUser => {
                 let user = |test| DmaReport {
                     owner: DmaOwner::User,
@@ -400,6 +426,9 @@ fn good_evidence_passes_in_every_mode() {
         Mode::MapBenchmark,
         Mode::Eject,
         Mode::Surprise,
+        Mode::Hotplug,
+        Mode::ReuseId,
+        Mode::Kexec,
     ] {
         assert_eq!(judge(case(mode)), Vec::<String>::new(), "{mode:?}");
     }
@@ -591,6 +620,48 @@ fn rebinds_must_bring_everything_back() {
         c.guest.rebinds[0].back = false
     });
     breaks(rebind, "bytes right", |c| c.guest.rebinds[0].verified = 0);
+}
+
+#[test]
+fn buses_that_come_and_go_must_be_those_of_the_mode() {
+    fn without(bus: &str) -> impl FnOnce(&mut Case) + '_ {
+        move |case| case.guest.rebinds.retain(|seen| seen.vmbus_device != bus)
+    }
+    for (mode, bus) in [
+        (Mode::Surprise, DEV_BUS),
+        (Mode::Hotplug, RNG_BUS),
+        (Mode::Hotplug, DEV_BUS),
+        (Mode::ReuseId, RNG_BUS),
+    ] {
+        breaks(mode, "not in the report", without(bus));
+    }
+    for (mode, bus) in [
+        (Mode::Surprise, BLK_BUS),
+        (Mode::Hotplug, BLK_BUS),
+        (Mode::ReuseId, BLK_BUS),
+    ] {
+        let mut case = case(mode);
+        without(bus)(&mut case);
+        assert_eq!(judge(case), Vec::<String>::new(), "{mode:?}");
+    }
+    breaks(Mode::ReuseId, "bytes right", |c| {
+        c.guest.rebinds[1].verified = 0
+    });
+    breaks(Mode::ReuseId, "no bus comes and goes", |c| {
+        c.run.substitutes.clear()
+    });
+    breaks(Mode::Hotplug, "load: not in the report", |c| {
+        c.guest.loads.clear()
+    });
+    breaks(Mode::Surprise, "1 times in the report, not 2", |c| {
+        drop(c.guest.dma.pop())
+    });
+}
+
+#[test]
+fn a_kexec_is_a_boot_without_a_reset() {
+    breaks(Mode::Kexec, "boot 1, not 2", |c| c.guest.boot = 1);
+    breaks(Mode::Kexec, "1 resets, not 0", |c| c.host.resets = 1);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Kind, Mode, PciAddress};
+use super::{Function, Kind, Mode, PciAddress};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -22,7 +22,7 @@ pub struct Expected {
 /// What the guest role reads from its kernel command line.
 ///
 /// Keys: `vpci.role=guest`, `vpci.mode`, `vpci.repeat`, `vpci.limit` (seconds), `vpci.expect`
-/// (a comma-separated list of `ADDRESS=KIND`), `vpci.grow` (0 or 1) and `vpci.marks` (0 where no
+/// (a comma-separated list of `ADDRESS=KIND`), `vpci.swap` (the same, absent when empty), `vpci.grow` (0 or 1) and `vpci.marks` (0 where no
 /// VMM listens to the mark port).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestParams {
@@ -34,6 +34,8 @@ pub struct GuestParams {
     pub time_limit_s: u64,
     /// The functions to wait for.
     pub expect: Vec<Expected>,
+    /// What takes the place of some of them in [`Mode::ReuseId`].
+    pub swap: Vec<Expected>,
     /// Whether a disk grows on request.
     pub grow: bool,
     /// Whether to write marks to the mark port.
@@ -52,11 +54,29 @@ impl fmt::Display for GuestParams {
             u8::from(self.grow),
             u8::from(self.marks),
         )?;
-        for (index, expected) in self.expect.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}={}", expected.address, expected.kind.as_str())?;
+        list(f, &self.expect)?;
+        if !self.swap.is_empty() {
+            f.write_str(" vpci.swap=")?;
+            list(f, &self.swap)?;
         }
         Ok(())
+    }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, items: &[Expected]) -> fmt::Result {
+    for (index, expected) in items.iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        write!(f, "{comma}{}={}", expected.address, expected.kind.as_str())?;
+    }
+    Ok(())
+}
+
+impl From<&Function> for Expected {
+    fn from(function: &Function) -> Self {
+        Self {
+            address: function.address(),
+            kind: function.kind(),
+        }
     }
 }
 
@@ -72,6 +92,13 @@ impl FromStr for GuestParams {
                 .map_err(|_| format!("{key}={text}: not a number")),
         };
         let repeat = number("vpci.repeat", 0)?;
+        let expected = |key: &'static str| -> Result<Vec<Expected>, String> {
+            let items = words.get(key).copied().unwrap_or_default().split(',');
+            items
+                .filter(|item| !item.is_empty())
+                .map(|item| parse_expected(key, item))
+                .collect()
+        };
         Ok(Self {
             mode: words
                 .get("vpci.mode")
@@ -79,28 +106,22 @@ impl FromStr for GuestParams {
             repeat: u32::try_from(repeat)
                 .map_err(|_| format!("vpci.repeat={repeat}: too large"))?,
             time_limit_s: number("vpci.limit", 120)?,
-            expect: words
-                .get("vpci.expect")
-                .copied()
-                .unwrap_or_default()
-                .split(',')
-                .filter(|item| !item.is_empty())
-                .map(parse_expected)
-                .collect::<Result<_, _>>()?,
+            expect: expected("vpci.expect")?,
+            swap: expected("vpci.swap")?,
             grow: number("vpci.grow", 0)? != 0,
             marks: number("vpci.marks", 1)? != 0,
         })
     }
 }
 
-fn parse_expected(item: &str) -> Result<Expected, String> {
+fn parse_expected(key: &str, item: &str) -> Result<Expected, String> {
     let (address, kind) = item
         .split_once('=')
-        .ok_or_else(|| format!("vpci.expect: {item}: not ADDRESS=KIND"))?;
+        .ok_or_else(|| format!("{key}: {item}: not ADDRESS=KIND"))?;
     let kind = Kind::EXPECTED
         .into_iter()
         .find(|known| known.as_str() == kind)
-        .ok_or_else(|| format!("vpci.expect: {kind}: no such kind"))?;
+        .ok_or_else(|| format!("{key}: {kind}: no such kind"))?;
     Ok(Expected {
         address: address.parse()?,
         kind,

@@ -86,9 +86,12 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(pviommu_vfio_user()),
         optional(pviommu_map()),
         optional(eject("linux-7")),
-        optional(surprise("linux-7")),
+        optional(surprise()),
+        optional(hotplug("linux-7")),
+        optional(reuse_id("linux-7")),
         optional(nested_mock()),
         optional(multifunction("linux-7")),
+        optional(kexec("linux-7")),
         optional(snapshot("linux-7")),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
@@ -324,15 +327,62 @@ fn eject(family: &str) -> Scenario {
     scenario
 }
 
-/// The same by surprise.
-fn surprise(family: &str) -> Scenario {
-    let mut scenario = eject(family);
-    scenario.name = "surprise".into();
-    scenario.description = "the VMM tears each bus out and plugs it in again, three times".into();
-    for run in &mut scenario.runs {
-        run.mode = Mode::Surprise;
-    }
-    scenario
+/// A test device that is torn out. The kernel is one that has its driver, which survives that.
+fn surprise() -> Scenario {
+    scenario(
+        "surprise",
+        "the VMM tears a test device out and plugs it in again, three times, beside a disk",
+        vec![Run {
+            functions: vec![disk(BUS_A, 0, 2, 0), testdev(BUS_B, 0)],
+            repeat: 3,
+            ..run(kernel::BUILT.name, 2, Mode::Surprise)
+        }],
+    )
+}
+
+/// Buses that come and go under load.
+fn hotplug(family: &str) -> Scenario {
+    scenario(
+        "hotplug",
+        "under load on one disk, another and an entropy source are plugged in and ejected",
+        vec![Run {
+            functions: vec![
+                disk(BUS_A, 0, 2, 0),
+                entropy(BUS_B, 0),
+                disk(BUS_C, 0, 2, 0),
+            ],
+            repeat: 3,
+            ..run(family, 2, Mode::Hotplug)
+        }],
+    )
+}
+
+/// Other devices under the names of those that were ejected.
+fn reuse_id(family: &str) -> Scenario {
+    scenario(
+        "reuse-id",
+        "a disk in place of an entropy source and the reverse, under the same GUID; then back",
+        vec![Run {
+            functions: vec![disk(BUS_A, 0, 2, 0), entropy(BUS_B, 0)],
+            substitutes: vec![entropy(BUS_A, 0), disk(BUS_B, 0, 2, 0)],
+            repeat: 2,
+            ..run(family, 2, Mode::ReuseId)
+        }],
+    )
+}
+
+/// Another kernel without a reset of the machine.
+fn kexec(family: &str) -> Scenario {
+    scenario(
+        "kexec",
+        "the guest starts another kernel by kexec with requests under way; it finds everything anew",
+        vec![Run {
+            functions: vec![disk(BUS_A, 0, 2, 0), entropy(BUS_B, 0)],
+            repeat: 1,
+            time_limit_s: RUN_LIMIT_S * 2,
+            ..run(family, 2, Mode::Kexec)
+        }],
+    )
 }
 
 /// The operations of nested translation on a real iommufd, with an IOMMU that the kernel makes up.
@@ -421,6 +471,7 @@ fn run(family: &str, cpus: u32, mode: Mode) -> Run {
         cpus,
         memory_mib: MEMORY_MIB,
         functions: Vec::new(),
+        substitutes: Vec::new(),
         mode,
         repeat: 0,
         snapshots: 0,

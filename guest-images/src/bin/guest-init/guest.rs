@@ -1,16 +1,19 @@
 //! The role in the guest under test: exercise its PCI functions and report what was seen.
 
 use crate::disk::Disk;
+use crate::load::Load;
 use crate::marks::{Marker, Span};
 use crate::pci::{self, Found};
 use crate::rng::Rng;
 use crate::system::{self, online_cpus, say, step, write_text};
-use crate::{End, capacity, dma, interrupts, kmsg, load, map_benchmark, rebind, vfio_user};
+use crate::{
+    End, capacity, dma, hotplug, interrupts, kexec, kmsg, load, map_benchmark, rebind, vfio_user,
+};
 use anyhow::{Context, Result};
 use guest_images::report::{
     DmaTest, FAIL_PREFIX, GuestReport, KmsgReport, REPORT_PREFIX, REPORT_VERSION, Work,
 };
-use guest_images::scenario::{GuestParams, Kind, Mode, VFIO_CYCLES};
+use guest_images::scenario::{Expected, GuestParams, Kind, Mode, VFIO_CYCLES};
 use std::time::Duration;
 
 /// Longest wait for the expected functions.
@@ -25,9 +28,9 @@ pub(crate) fn run(cmdline: &str) -> Result<End> {
         report: empty_report(),
     };
     let end = match guest.work() {
-        Ok(End::Reset) => {
+        Ok(end @ (End::Reset | End::Kexec)) => {
             say("vpci: reset");
-            return Ok(End::Reset);
+            return Ok(end);
         }
         Ok(end) => {
             guest.report.complete = true;
@@ -60,18 +63,54 @@ impl Guest {
         step(format!(
             "{loaded} modules loaded; wait for the PCI functions"
         ));
-        let mut functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
+        let at_boot = self.at_boot();
+        let mut functions = pci::wait_expected(&at_boot, PROBE_LIMIT)?;
         // One for all phases: its marks have numbers of their own.
         let mut marker = Marker::open(self.params.marks)?;
         let generation = self.check_disks(&functions)?;
         match self.params.mode {
             Mode::Reboot if self.report.boot <= self.params.repeat => return Ok(End::Reset),
+            Mode::Kexec if self.report.boot <= self.params.repeat => {
+                step("load another kernel");
+                kexec::load()?;
+                // Its requests are under way when this kernel ends.
+                for disk in disks(&functions)? {
+                    let threads = online_cpus()?.len() as u64;
+                    let load = Load::start(&disk, generation, threads, false);
+                    system::wait_for("load on the disks", PROBE_LIMIT, || {
+                        Ok((load.requests() > 0).then_some(()))
+                    })?;
+                }
+                return Ok(End::Kexec);
+            }
+            Mode::Hotplug => {
+                let disks = disks(&functions)?;
+                let disk = disks.first().context("no disk")?;
+                let (expect, repeat) = (&self.params.expect, self.params.repeat);
+                let cpus = online_cpus()?.len();
+                let (load, cycles) = hotplug::run(disk, generation, expect, repeat, cpus)?;
+                self.report.loads.push(load);
+                self.report.rebinds.extend(cycles);
+                functions = pci::wait_expected(expect, PROBE_LIMIT)?;
+                let later = functions.iter().filter(|function| {
+                    let known = |item: &Expected| item.address == function.address;
+                    !at_boot.iter().any(known)
+                });
+                let later: Vec<Found> = later.cloned().collect();
+                self.check_data(&later, generation - 1, generation)?;
+            }
             mode if mode.cycles_buses() => {
                 for cycle in 1..=self.params.repeat {
-                    let cycle = rebind::cycle(mode, cycle, &functions, generation)?;
+                    let swap = &self.params.swap;
+                    let cycle = rebind::cycle(mode, cycle, &functions, swap, generation)?;
                     self.report.rebinds.extend(cycle);
+                    functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
+                    if mode == Mode::Surprise {
+                        for device in testdevs(&functions) {
+                            self.report.dma.extend(dma::run(device, &[DmaTest::Copy])?);
+                        }
+                    }
                 }
-                functions = pci::wait_expected(&self.params.expect, PROBE_LIMIT)?;
             }
             Mode::Dma => {
                 for device in testdevs(&functions) {
@@ -110,12 +149,28 @@ impl Guest {
         };
         let to = from + 1;
         self.report.boot = u32::try_from(to).context("generation on the disk")?;
-        for disk in &disks {
+        self.check_data(functions, from, to)?;
+        Ok(to)
+    }
+
+    fn check_data(&mut self, functions: &[Found], from: u64, to: u64) -> Result<()> {
+        for disk in disks(functions)? {
             step(format!("data check of {} ({})", disk.name, disk.address()));
             let from = if disk.readonly()? { 0 } else { from };
             self.report.disks.push(disk.check(from, to)?);
         }
-        Ok(to)
+        Ok(())
+    }
+
+    /// The functions that are there from the start.
+    fn at_boot(&self) -> Vec<Expected> {
+        let first = self.params.expect.first().map(|item| item.address.domain);
+        let later = self.params.mode == Mode::Hotplug;
+        let expect = self.params.expect.iter();
+        expect
+            .filter(|item| !later || Some(item.address.domain) == first)
+            .copied()
+            .collect()
     }
 
     fn count_interrupts(

@@ -44,46 +44,81 @@ pub(crate) fn run(
     rngs: &mut [Rng],
 ) -> Result<LoadReport> {
     let threads = (cpus.len() as u64 * 2).max(2);
-    let shared = Arc::new(Shared::default());
-    for thread in 0..threads {
-        let (disk, shared) = (disk.clone(), Arc::clone(&shared));
-        shared.running.fetch_add(1, Ordering::Relaxed);
-        std::thread::spawn(move || {
-            if let Err(error) = traffic(&disk, generation, thread, &shared) {
-                crate::system::say(&format!("vpci: load thread {thread}: {error:#}"));
-                shared.bad.fetch_add(1, Ordering::Relaxed);
+    let load = Load::start(disk, generation, threads, !disk.readonly()?);
+    match disturb(cpus, rngs) {
+        Ok((cycles, moves)) => load.finish(cycles, moves),
+        Err(error) => {
+            // The first failure is the one to tell.
+            let _ = load.finish(Vec::new(), 0);
+            Err(error)
+        }
+    }
+}
+
+/// Traffic that is under way.
+#[derive(Debug)]
+pub(crate) struct Load {
+    disk: Disk,
+    threads: u64,
+    shared: Arc<Shared>,
+}
+
+impl Load {
+    /// Starts threads that read a disk, which holds `generation`, and also write it if `write`.
+    pub(crate) fn start(disk: &Disk, generation: u64, threads: u64, write: bool) -> Self {
+        let shared = Arc::new(Shared::default());
+        for thread in 0..threads {
+            let (disk, shared) = (disk.clone(), Arc::clone(&shared));
+            shared.running.fetch_add(1, Ordering::Relaxed);
+            std::thread::spawn(move || {
+                if let Err(error) = traffic(&disk, generation, thread, write, &shared) {
+                    crate::system::say(&format!("vpci: load thread {thread}: {error:#}"));
+                    shared.bad.fetch_add(1, Ordering::Relaxed);
+                }
+                shared.running.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+        Self {
+            disk: disk.clone(),
+            threads,
+            shared,
+        }
+    }
+
+    /// Requests completed so far.
+    pub(crate) fn requests(&self) -> u64 {
+        self.shared.requests.load(Ordering::Relaxed)
+    }
+
+    /// Ends the traffic. The disk holds the generation that it held before.
+    pub(crate) fn finish(self, cpu_cycles: Vec<u32>, moves: u32) -> Result<LoadReport> {
+        let shared = &self.shared;
+        shared.stop.store(true, Ordering::Relaxed);
+        let mut progress = (Instant::now(), 0);
+        while shared.running.load(Ordering::Relaxed) > 0 {
+            let done = shared.done.load(Ordering::Relaxed);
+            if done != progress.1 {
+                progress = (Instant::now(), done);
             }
-            shared.running.fetch_sub(1, Ordering::Relaxed);
-        });
-    }
-    let disturbed = disturb(cpus, rngs);
-    shared.stop.store(true, Ordering::Relaxed);
-    let mut progress = (Instant::now(), 0);
-    while shared.running.load(Ordering::Relaxed) > 0 {
-        let done = shared.done.load(Ordering::Relaxed);
-        if done != progress.1 {
-            progress = (Instant::now(), done);
+            if progress.0.elapsed() > JOIN_LIMIT {
+                bail!("{}: a request under load does not end", self.disk.name);
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
-        if progress.0.elapsed() > JOIN_LIMIT {
-            bail!("{}: a request under load does not end", disk.name);
-        }
-        std::thread::sleep(Duration::from_millis(10));
+        Ok(LoadReport {
+            address: self.disk.address(),
+            threads: self.threads as u32,
+            requests: shared.requests.load(Ordering::Relaxed),
+            bad: shared.bad.load(Ordering::Relaxed),
+            max_latency_us: shared.max_latency_us.load(Ordering::Relaxed),
+            cpu_cycles,
+            moves,
+        })
     }
-    let (cpu_cycles, moves) = disturbed?;
-    Ok(LoadReport {
-        address: disk.address(),
-        threads: threads as u32,
-        requests: shared.requests.load(Ordering::Relaxed),
-        bad: shared.bad.load(Ordering::Relaxed),
-        max_latency_us: shared.max_latency_us.load(Ordering::Relaxed),
-        cpu_cycles,
-        moves,
-    })
 }
 
 /// One thread's requests: random blocks of its own part of the disk, read and checked or written.
-fn traffic(disk: &Disk, generation: u64, thread: u64, shared: &Shared) -> Result<()> {
-    let write = !disk.readonly()?;
+fn traffic(disk: &Disk, generation: u64, thread: u64, write: bool, shared: &Shared) -> Result<()> {
     let file = disk.direct(write)?;
     // The first block carries the disk's label, which must never name another generation.
     let first = 1 + thread * BLOCKS_PER_THREAD;

@@ -13,9 +13,11 @@ mod capacity;
 mod disk;
 mod dma;
 mod guest;
+mod hotplug;
 mod inspect;
 mod interrupts;
 mod ioctl;
+mod kexec;
 mod kmsg;
 mod load;
 mod map_benchmark;
@@ -42,6 +44,8 @@ use system::say;
 enum End {
     PowerOff,
     Reset,
+    /// Start the kernel that is loaded.
+    Kexec,
 }
 
 fn main() -> ExitCode {
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
     system::end(match end {
         End::PowerOff => RebootCommand::PowerOff,
         End::Reset => RebootCommand::Restart,
+        End::Kexec => RebootCommand::Kexec,
     })
 }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Control files of the guest's vPCI driver.
 const DRIVER: &str = "/sys/bus/vmbus/drivers/hv_pci";
 /// Limit of an unbind or a bind.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// One cycle over every bus that has one of the functions: it is taken away, they go, it is given
 /// back, they come back, and their disks are read, which hold `generation`.
@@ -21,9 +21,16 @@ pub(crate) fn cycle(
     mode: Mode,
     number: u32,
     functions: &[Found],
+    swap: &[Expected],
     generation: u64,
 ) -> Result<Vec<RebindReport>> {
-    let buses: BTreeSet<String> = functions.iter().filter_map(Found::vmbus_device).collect();
+    let cycled = |function: &&Found| match mode {
+        Mode::Surprise => function.kind == Kind::Testdev,
+        Mode::ReuseId => swap.iter().any(|item| item.address == function.address),
+        _ => true,
+    };
+    let functions: Vec<&Found> = functions.iter().filter(cycled).collect();
+    let buses: BTreeSet<String> = functions.iter().filter_map(|f| f.vmbus_device()).collect();
     if buses.is_empty() {
         bail!("rebind: no PCI function sits on a VMBus device");
     }
@@ -37,7 +44,11 @@ pub(crate) fn cycle(
                 kind: function.kind,
             })
             .collect();
-        reports.push(one(mode, number, &bus, &on_bus, generation)?);
+        let report = match mode {
+            Mode::ReuseId => reuse(number, &bus, &on_bus, swap)?,
+            _ => one(mode, number, &bus, &on_bus, generation)?,
+        };
+        reports.push(report);
     }
     Ok(reports)
 }
@@ -54,28 +65,23 @@ fn one(
         Mode::Surprise => ("remove", "plug"),
         _ => ("unbind", "bind"),
     };
-    step(format!("cycle {number}: {take} {bus}"));
-    control(mode, take, bus)?;
-    wait_for(&format!("removal of the functions of {bus}"), LIMIT, || {
-        let gone = on_bus.iter().all(|function| !pci::exists(function.address));
-        Ok(gone.then_some(()))
-    })?;
+    if mode.is_controlled() {
+        self::take(number, take, bus, on_bus)?;
+    } else {
+        step(format!("cycle {number}: {take} {bus}"));
+        driver(take, bus)?;
+        wait_gone(bus, on_bus)?;
+    }
     step(format!("cycle {number}: {give} {bus}"));
     let start = Instant::now();
-    control(mode, give, bus)?;
+    match mode.is_controlled() {
+        true => ask(&format!("{give} {bus}")),
+        false => driver(give, bus)?,
+    }
     let back =
         pci::wait_expected(on_bus, LIMIT).with_context(|| format!("after {give} of {bus}"))?;
     let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let mut verified = 0;
-    for function in back.iter().filter(|function| function.kind == Kind::Blk) {
-        let disk = Disk::open(function)?;
-        let what = format!("data check of {} after {give}", disk.name);
-        verified += bounded(&what, LIMIT, move || {
-            let size = disk.size()?;
-            Ok(disk.verify(generation, 0..size, &mut Latency::default())?.0)
-        })
-        .context(what)?;
-    }
+    let verified = verify(&back, generation, give)?;
     Ok(RebindReport {
         cycle: number,
         vmbus_device: bus.to_owned(),
@@ -86,12 +92,70 @@ fn one(
     })
 }
 
-/// Has the driver or the VMM do something to a bus.
-fn control(mode: Mode, verb: &'static str, bus: &str) -> Result<()> {
-    if mode.is_controlled() {
-        ask(&format!("{verb} {bus}"));
-        return Ok(());
+/// One cycle in which other functions come under the bus's name in between.
+fn reuse(number: u32, bus: &str, on_bus: &[Expected], swap: &[Expected]) -> Result<RebindReport> {
+    let domain = on_bus.first().map(|item| item.address.domain);
+    let others: Vec<Expected> = swap
+        .iter()
+        .filter(|item| Some(item.address.domain) == domain)
+        .copied()
+        .collect();
+    take(number, "eject", bus, on_bus)?;
+    step(format!("cycle {number}: swap {bus}"));
+    let start = Instant::now();
+    ask(&format!("swap {bus}"));
+    let back =
+        pci::wait_expected(&others, LIMIT).with_context(|| format!("after swap of {bus}"))?;
+    let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let verified = verify(&back, 0, "swap")?;
+    take(number, "eject", bus, &others)?;
+    step(format!("cycle {number}: plug {bus}"));
+    ask(&format!("plug {bus}"));
+    pci::wait_expected(on_bus, LIMIT).with_context(|| format!("after plug of {bus}"))?;
+    Ok(RebindReport {
+        cycle: number,
+        vmbus_device: bus.to_owned(),
+        gone: true,
+        back: true,
+        millis,
+        verified,
+    })
+}
+
+/// Has the VMM take a bus away, and waits until its functions are gone.
+pub(crate) fn take(number: u32, verb: &str, bus: &str, on_bus: &[Expected]) -> Result<()> {
+    step(format!("cycle {number}: {verb} {bus}"));
+    ask(&format!("{verb} {bus}"));
+    wait_gone(bus, on_bus)
+}
+
+fn wait_gone(bus: &str, on_bus: &[Expected]) -> Result<()> {
+    wait_for(&format!("removal of the functions of {bus}"), LIMIT, || {
+        let gone = on_bus.iter().all(|function| !pci::exists(function.address));
+        Ok(gone.then_some(()))
+    })
+}
+
+/// Reads the disks among `functions`, which hold `generation`; gives the number of bytes.
+pub(crate) fn verify(functions: &[Found], generation: u64, when: &str) -> Result<u64> {
+    let mut verified = 0;
+    for function in functions
+        .iter()
+        .filter(|function| function.kind == Kind::Blk)
+    {
+        let disk = Disk::open(function)?;
+        let what = format!("data check of {} after {when}", disk.name);
+        verified += bounded(&what, LIMIT, move || {
+            let size = disk.size()?;
+            Ok(disk.verify(generation, 0..size, &mut Latency::default())?.0)
+        })
+        .context(what)?;
     }
+    Ok(verified)
+}
+
+/// Has the guest's own driver do something to a bus.
+fn driver(verb: &'static str, bus: &str) -> Result<()> {
     let name = bus.to_owned();
     bounded(&format!("{verb} of {bus}"), LIMIT, move || {
         write_text(format!("{DRIVER}/{verb}"), &name)

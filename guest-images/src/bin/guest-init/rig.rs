@@ -3,14 +3,14 @@
 use crate::bounded::bounded;
 use crate::system::{self, put, say, step};
 use crate::vmm::{self, Files};
-use crate::{End, kmsg, passthrough};
+use crate::{End, kexec, kmsg, passthrough};
 use anyhow::{Context, Result, bail};
 use guest_images::allow::AllowList;
 use guest_images::host::HostReport;
 use guest_images::judge::{self, DiskAfter, Evidence};
 use guest_images::pattern::{Checksum, Pattern};
 use guest_images::report::GuestReport;
-use guest_images::scenario::{Function, PciAddress, Run, Scenario};
+use guest_images::scenario::{Function, Mode, PciAddress, Run, Scenario};
 use guest_images::verdict::{RunVerdict, Verdict};
 use kvm_ioctls::{Kvm, VmFd};
 use rustix::mount::MountFlags;
@@ -185,7 +185,10 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
     if files.report().exists() {
         fs::remove_file(files.report()).context("old report")?;
     }
-    for function in &run.functions {
+    if run.mode == Mode::Kexec {
+        kexec::make_initramfs(run, &files)?;
+    }
+    for function in run.functions.iter().chain(&run.substitutes) {
         if let Function::Blk { size_mib, .. } = function {
             let address = function.address();
             make_disk(&files.disk(address), address, u64::from(*size_mib) << 20)?;
@@ -200,7 +203,7 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
         guest: outcome.guest,
         allow,
     };
-    for function in &run.functions {
+    for function in run.functions.iter().chain(&run.substitutes) {
         if matches!(function, Function::Blk { .. }) {
             // Best effort: the next run's own disks would find no room otherwise, and say so.
             let _ = fs::remove_file(files.disk(function.address()));

@@ -31,7 +31,7 @@ impl Saves {
     /// A VMM has ended after a snapshot: keeps its marks.
     pub(crate) fn taken(&mut self, files: &Files<'_>) -> Result<()> {
         self.count += 1;
-        self.marks.extend(marks(&mut read(files)?)?.drain(..));
+        self.marks.append(marks(&mut read(files)?)?);
         Ok(())
     }
 

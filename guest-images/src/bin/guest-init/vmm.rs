@@ -5,7 +5,7 @@ use crate::saves::Saves;
 use crate::system::put;
 use anyhow::{Context, Result, bail};
 use guest_images::report::{EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
-use guest_images::scenario::{Function, PciAddress, Run};
+use guest_images::scenario::{Function, Mode, PciAddress, Run};
 use guest_images::verdict::json_after;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::collections::{BTreeSet, VecDeque};
@@ -56,6 +56,15 @@ impl Files<'_> {
             .join(format!("disk-{}", address.to_string().replace(':', "-")))
     }
 
+    /// The guest's initramfs.
+    pub(crate) fn initrd(&self, run: &Run) -> PathBuf {
+        match run.mode {
+            // One with another kernel in it.
+            Mode::Kexec => self.scratch.join("initramfs"),
+            _ => self.share.join(&run.initrd),
+        }
+    }
+
     /// The VMM's control socket.
     fn socket(&self) -> PathBuf {
         self.scratch.join("control.sock")
@@ -86,7 +95,7 @@ fn command(run: &Run, files: &Files<'_>, absent: &BTreeSet<Uuid>) -> Command {
         .arg("--kernel")
         .arg(files.share.join(&run.kernel))
         .arg("--initrd")
-        .arg(files.share.join(&run.initrd))
+        .arg(files.initrd(run))
         .args(["--cmdline", &run.guest_cmdline()])
         .args(["--cpus", &run.cpus.to_string()])
         .args(["--memory", &format!("{}M", run.memory_mib)]);
@@ -128,7 +137,11 @@ fn specification(function: &Function, files: &Files<'_>) -> String {
 /// Runs the VMM to its end or to the time limit.
 pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
     let start = Instant::now();
-    let mut vmm = Vmm::start(run, files, command(run, files, &BTreeSet::new()))?;
+    let here: BTreeSet<_> = run.at_boot().map(Function::bus).collect();
+    let all = run.functions.iter().map(Function::bus);
+    let absent: BTreeSet<_> = all.filter(|bus| !here.contains(bus)).collect();
+    let mut vmm = Vmm::start(run, files, command(run, files, &absent))?;
+    vmm.absent = absent;
     vmm.follow(start + Duration::from_secs(run.time_limit_s));
     let failure = match vmm.reap() {
         Ok(()) => vmm.failure,
@@ -250,6 +263,7 @@ impl<'a> Vmm<'a> {
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
+        let run = self.run;
         self.remember(line);
         if let Some(report) = json_after::<GuestReport>(REPORT_PREFIX, line) {
             if self.guest.is_some() {
@@ -264,7 +278,8 @@ impl<'a> Vmm<'a> {
             Some(("grow", address)) => self.grow(address),
             Some(("eject", bus)) => self.take_away(&["eject", bus], bus),
             Some(("remove", bus)) => self.take_away(&["remove", "--surprise", bus], bus),
-            Some(("plug", bus)) => self.plug(bus),
+            Some(("plug", bus)) => self.plug(bus, &run.functions),
+            Some(("swap", bus)) => self.plug(bus, &run.substitutes),
             _ => bail!("the guest asked for the unknown event {event:?}"),
         }
     }
@@ -335,11 +350,16 @@ impl<'a> Vmm<'a> {
         std::fs::remove_file(&path).context(name)
     }
 
-    /// Plugs a bus in again. The guest may not have released its channel yet.
-    fn plug(&mut self, bus: &str) -> Result<()> {
-        self.absent.remove(&bus.parse().context("GUID of a bus")?);
-        let on_bus = |function: &&Function| function.bus().to_string() == bus;
-        let functions = self.run.functions.iter().filter(on_bus);
+    /// Plugs the functions of a bus in, which may be named by the address of one of them. The guest
+    /// may not have released the bus's channel yet.
+    fn plug(&mut self, bus: &str, functions: &[Function]) -> Result<()> {
+        let named = |function: &&Function| {
+            function.bus().to_string() == bus || function.address().to_string() == bus
+        };
+        let bus = functions.iter().find(named).map(Function::bus);
+        let bus = bus.context("no such bus in this run")?;
+        self.absent.remove(&bus);
+        let functions = functions.iter().filter(|function| function.bus() == bus);
         let specs: Vec<_> = functions.map(|f| specification(f, self.files)).collect();
         let mut words = vec!["plug"];
         words.extend(specs.iter().map(String::as_str));
@@ -511,6 +531,7 @@ mod tests {
                     iommu: true,
                 },
             ],
+            substitutes: Vec::new(),
             mode: Mode::Full,
             repeat: 0,
             snapshots: 0,
