@@ -56,6 +56,18 @@ impl WorkerHost for Loop {
 }
 
 impl Loop {
+    /// One step of each worker that has something to do.
+    fn step(&self) {
+        let workers = self.workers.lock().unwrap().clone();
+        for (pending, worker) in workers {
+            if pending.0.swap(false, Ordering::AcqRel)
+                && worker.upgrade().is_some_and(|worker| worker.process())
+            {
+                pending.trigger();
+            }
+        }
+    }
+
     fn run(&self) {
         loop {
             let workers = self.workers.lock().unwrap().clone();
