@@ -161,7 +161,6 @@ impl Snapshot {
 
     /// The pieces of a range, region by region.
     #[cfg(feature = "vfio")]
-    #[allow(dead_code)]
     pub(crate) fn pieces(&self, gpa: u64, len: u64) -> Result<Vec<RamPiece>, MemError> {
         self.check(gpa, len)?;
         let end = gpa + len;
@@ -182,7 +181,6 @@ impl Snapshot {
 
     /// All regions, in order.
     #[cfg(feature = "vfio")]
-    #[allow(dead_code)]
     pub(crate) fn all_pieces(&self) -> Vec<RamPiece> {
         let regions = self.regions.iter();
         regions
@@ -240,7 +238,6 @@ fn word_error(error: &VolatileMemoryError, gpa: u64, size: u64) -> MemError {
 /// this process. The memory stays mapped while this lives.
 #[derive(Debug, Clone)]
 #[cfg(feature = "vfio")]
-#[allow(dead_code)]
 pub(crate) struct RamPiece {
     mapping: Arc<MmapRegion>,
     gpa: u64,
@@ -249,7 +246,6 @@ pub(crate) struct RamPiece {
 }
 
 #[cfg(feature = "vfio")]
-#[allow(dead_code)]
 impl RamPiece {
     /// Guest physical address of its first byte.
     pub(crate) fn gpa(&self) -> u64 {

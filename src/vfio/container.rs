@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::Path;
 
 use vfio_bindings::bindings::vfio;
 
@@ -16,21 +16,19 @@ use super::node;
 use crate::backend::{Permissions, SpaceLimits};
 use crate::mem::{PAGE_SIZE, RamPiece};
 
-const CONTAINER_NODE: &str = "/dev/vfio/vfio";
-
 /// A container with one group: the address space of that group's devices.
 #[derive(Debug)]
 pub(super) struct Container {
     /// Before the container, so that it leaves it.
     group: File,
     container: File,
-    group_node: PathBuf,
+    number: u32,
 }
 
 impl Container {
     /// Opens group `group` of the device at `address` and gives it a container of its own, in which
     /// nothing is mapped.
-    pub(super) fn open(address: &str, group: u32) -> Result<Self, VfioError> {
+    pub(super) fn open(root: &Path, address: &str, group: u32) -> Result<Self, VfioError> {
         let host = |what| {
             move |error| VfioError::Host {
                 address: address.into(),
@@ -40,14 +38,10 @@ impl Container {
         };
         let unsupported = |what| VfioError::Unsupported {
             address: address.into(),
-            node: CONTAINER_NODE.into(),
+            node: Path::new("/").join(node::CONTAINER),
             what,
         };
-        let container = node::open(
-            address,
-            CONTAINER_NODE.into(),
-            "modprobe vfio-pci (CONFIG_VFIO_CONTAINER, CONFIG_VFIO_PCI)",
-        )?;
+        let container = node::open(root, address, node::CONTAINER)?;
         let version = ioctl::call_with_value(container.as_fd(), ioctl::GET_API_VERSION, 0)
             .map_err(host("VFIO_GET_API_VERSION"))?;
         if version != vfio::VFIO_API_VERSION as i32 {
@@ -61,12 +55,7 @@ impl Container {
                 return Err(unsupported("lacks TYPE1v2 or UNMAP_ALL (vfio_iommu_type1)"));
             }
         }
-        let group_node = PathBuf::from(format!("/dev/vfio/{group}"));
-        let group_file = node::open(
-            address,
-            group_node.clone(),
-            "bind the device to vfio-pci (CONFIG_VFIO_GROUP)",
-        )?;
+        let group_file = node::open(root, address, &node::group(group))?;
         let mut status = vfio::vfio_group_status::default();
         ioctl::group_status(group_file.as_fd(), &mut status)
             .map_err(host("VFIO_GROUP_GET_STATUS"))?;
@@ -98,7 +87,7 @@ impl Container {
         Ok(Self {
             group: group_file,
             container,
-            group_node,
+            number: group,
         })
     }
 
@@ -111,7 +100,7 @@ impl Container {
             Ok(fd) => Ok(fd.into()),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(VfioError::InUse {
                 address: address.into(),
-                node: self.group_node.clone(),
+                node: Path::new("/").join(node::group(self.number)),
             }),
             Err(error) => Err(VfioError::Host {
                 address: address.into(),

@@ -5,9 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio;
 
+use super::check::Interface;
+use super::group::Group;
 use super::info::Region;
 use super::ioctl;
 use crate::mem::DeviceMemory;
@@ -40,17 +43,25 @@ pub struct IrqInfo {
 #[derive(Debug)]
 pub struct VfioDevice {
     address: String,
-    group: u32,
+    /// Before the group: a container goes after its devices.
     file: File,
+    /// What its attach unit calls it.
+    member: u32,
+    group: Arc<Group>,
     regions: [Region; REGIONS],
     irqs: u32,
     can_reset: bool,
 }
 
 impl VfioDevice {
-    /// The device at `address` in the IOMMU group `group`, behind an open file of VFIO that is ready
-    /// for use (bound to iommufd, or from a group with a container).
-    pub(super) fn new(address: &str, group: u32, file: File) -> io::Result<Self> {
+    /// The device at `address`, behind an open file of VFIO that is ready for use: bound to iommufd, or
+    /// from a group with a container.
+    pub(super) fn new(
+        address: &str,
+        group: Arc<Group>,
+        member: u32,
+        file: File,
+    ) -> io::Result<Self> {
         let mut info = vfio::vfio_device_info::default();
         ioctl::device_info(file.as_fd(), &mut info)?;
         if info.flags & vfio::VFIO_DEVICE_FLAGS_PCI == 0 {
@@ -63,8 +74,9 @@ impl VfioDevice {
         }
         Ok(Self {
             address: address.to_owned(),
-            group,
             file,
+            member,
+            group,
             regions,
             irqs: info.num_irqs,
             can_reset: info.flags & vfio::VFIO_DEVICE_FLAGS_RESET != 0,
@@ -78,7 +90,27 @@ impl VfioDevice {
 
     /// Number of its IOMMU group.
     pub fn group(&self) -> u32 {
-        self.group
+        self.group.id()
+    }
+
+    /// Its group.
+    pub(super) fn group_handle(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    /// Its open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What its attach unit calls it: with iommufd, the kernel's number of it.
+    pub(super) fn member(&self) -> u32 {
+        self.member
+    }
+
+    /// The interface by which it is opened: [`Interface::Type1`] or [`Interface::Iommufd`].
+    pub fn interface(&self) -> Interface {
+        self.group.interface()
     }
 
     /// Its regions: six BARs, ROM, configuration space, VGA.

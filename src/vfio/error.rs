@@ -176,6 +176,14 @@ pub enum VfioError {
         #[source]
         error: SpaceError,
     },
+    /// The device could not be put into the default domain.
+    #[error("{address}: it could not be put into its default domain: {error}")]
+    Move {
+        /// Its address.
+        address: String,
+        /// Why.
+        error: String,
+    },
     /// The kernel failed otherwise.
     #[error("{address}: {what} failed: {error}")]
     Host {

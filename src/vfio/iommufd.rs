@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::Path;
 
 use vfio_bindings::bindings::vfio;
 
@@ -14,8 +14,6 @@ use super::nested::InvalidationData;
 use super::node;
 use crate::backend::{Permissions, SpaceLimits};
 use crate::mem::{PAGE_SIZE, RamPiece};
-
-const IOMMUFD_NODE: &str = "/dev/iommu";
 
 /// An open iommufd: objects by number, all of which go when it is dropped and no device is bound to it
 /// any more.
@@ -31,24 +29,27 @@ impl IommuFd {
     }
 
     /// Opens `/dev/iommu` for the device at `address`.
-    pub(super) fn open(address: &str) -> Result<Self, VfioError> {
-        let advice = "modprobe iommufd (CONFIG_IOMMUFD)";
-        let file = node::open(address, IOMMUFD_NODE.into(), advice)?;
+    pub(super) fn open(root: &Path, address: &str) -> Result<Self, VfioError> {
+        let file = node::open(root, address, node::IOMMUFD)?;
         Ok(Self { file })
     }
 
     /// Opens the device at `address` by its node `/dev/vfio/devices/NAME` and binds it. Its file is
     /// ready for use, its DMA is blocked.
-    pub(super) fn open_device(&self, address: &str, name: &str) -> Result<(File, u32), VfioError> {
-        let node = PathBuf::from(format!("/dev/vfio/devices/{name}"));
-        let advice = "bind the device to vfio-pci (CONFIG_VFIO_DEVICE_CDEV)";
-        let file = node::open(address, node.clone(), advice)?;
+    pub(super) fn open_device(
+        &self,
+        root: &Path,
+        address: &str,
+        name: &str,
+    ) -> Result<(File, u32), VfioError> {
+        let node = node::device(name);
+        let file = node::open(root, address, &node)?;
         match ioctl::bind_iommufd(file.as_fd(), self.file.as_fd()) {
             Ok(id) => Ok((file, id)),
             Err(error) => Err(match error.raw_os_error() {
                 Some(libc::EBUSY | libc::EINVAL) => VfioError::InUse {
                     address: address.into(),
-                    node,
+                    node: Path::new("/").join(node),
                 },
                 Some(libc::EPERM) => VfioError::NoRemapping {
                     address: address.into(),

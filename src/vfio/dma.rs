@@ -1,0 +1,147 @@
+//! The DMA of a passed-through function: its host device obeys the domain that the guest chose.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::check::Interface;
+use super::device::VfioDevice;
+use super::error::VfioError;
+use super::group::{AnyUnit, Group};
+use super::host::VfioHost;
+use super::unit::{Unit, UnitError};
+use crate::backend::PagedBackend;
+use crate::pviommu::{Attachment, BackendError, BackendReport, DeviceBackend, FlushRange};
+
+/// Makes a device of the host obey a domain, until it is dropped; then its DMA is blocked.
+///
+/// The device is in the default domain at first. Its IOMMU does not tell this process of faults, so
+/// none are reported.
+///
+/// Lock order: that of the device's group, held while devices of the group move or are flushed; then
+/// those of what follows a table, then the books of an address space.
+#[derive(Debug)]
+pub struct VfioDma {
+    device: Arc<VfioDevice>,
+}
+
+impl VfioDma {
+    /// Puts a device into the default domain: all guest RAM, at its guest physical addresses.
+    ///
+    /// `paging` carries first-stage domains; without it such a domain is refused. The devices of a
+    /// group share what the first of them was given.
+    ///
+    /// # Errors
+    ///
+    /// [`VfioError`]: guest RAM cannot be mapped or locked, or other devices of the group are in
+    /// another domain.
+    pub fn new(
+        host: &VfioHost,
+        device: Arc<VfioDevice>,
+        paging: Option<Arc<dyn PagedBackend>>,
+    ) -> Result<Arc<Self>, VfioError> {
+        let group = device.group_handle().clone();
+        let mut unit = group.unit();
+        let joined = join(host, &group, &mut unit, &device, paging);
+        if joined.is_err() {
+            group.forget(device.member());
+            unit.take_if(|any| any.unit.is_empty());
+        }
+        drop(unit);
+        joined.map(|()| Arc::new(Self { device }))
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<VfioDevice> {
+        &self.device
+    }
+}
+
+/// Puts a device into its group's unit, and makes that if it is the first.
+fn join(
+    host: &VfioHost,
+    group: &Group,
+    unit: &mut Option<AnyUnit>,
+    device: &VfioDevice,
+    paging: Option<Arc<dyn PagedBackend>>,
+) -> Result<(), VfioError> {
+    let address = device.address();
+    let member = device.member();
+    let host_error = |error| VfioError::Host {
+        address: address.into(),
+        what: "asking what its IOMMU can map",
+        error,
+    };
+    group.admit(member, device.file()).map_err(host_error)?;
+    let any = match unit {
+        Some(any) => any,
+        none => {
+            let copies = match group.interface() {
+                // What a container maps for a domain takes the place of all guest RAM.
+                Interface::Type1 | Interface::Auto => 1,
+                // All share one copy; a unit that leaves it needs one of its own.
+                Interface::Iommufd => paging.is_some().into(),
+            };
+            let locked = host.lock_ram(copies)?;
+            let limits = group.limits(device.file()).map_err(host_error)?;
+            host.check_reach(address, &limits)?;
+            let mover = group.mover(limits, paging);
+            let mover = mover.map_err(|error| VfioError::Space {
+                address: address.into(),
+                error,
+            })?;
+            none.insert(AnyUnit {
+                unit: Unit::new(group.id(), mover),
+                _locked: locked,
+            })
+        }
+    };
+    let joined = any.unit.join(member, address);
+    joined.map_err(|error| match error {
+        UnitError::OtherDomain(error) => error,
+        UnitError::Refused { error, .. } => VfioError::Move {
+            address: address.into(),
+            error: error.to_string(),
+        },
+    })
+}
+
+impl DeviceBackend for VfioDma {
+    fn attach(&self, to: &Attachment) -> Result<(), BackendError> {
+        let mut unit = self.device.group_handle().unit();
+        match &mut *unit {
+            Some(any) => any
+                .unit
+                .attach(self.device.member(), to)
+                .map_err(|error| BackendError(Box::new(error))),
+            None => Ok(()),
+        }
+    }
+
+    fn flush(&self, ranges: &[FlushRange]) {
+        if let Some(any) = &mut *self.device.group_handle().unit() {
+            any.unit.flush(ranges);
+        }
+    }
+
+    fn flush_all(&self) {
+        if let Some(any) = &mut *self.device.group_handle().unit() {
+            any.unit.flush_all();
+        }
+    }
+
+    fn report(&self) -> BackendReport {
+        BackendReport::default()
+    }
+}
+
+impl Drop for VfioDma {
+    fn drop(&mut self) {
+        let group = self.device.group_handle();
+        let mut unit = group.unit();
+        if let Some(any) = &mut *unit {
+            any.unit.leave(self.device.member());
+        }
+        unit.take_if(|any| any.unit.is_empty());
+        group.forget(self.device.member());
+    }
+}

@@ -1,0 +1,186 @@
+//! Attach units: the devices of one IOMMU group, which are always in the same domain.
+//!
+//! The guest moves functions one by one and knows nothing of the host's groups. So:
+//!
+//! - A function may only go where the others of its group that are not blocked are: to their domain,
+//!   or to one that does the same.
+//! - As long as one of them is blocked, all are: what a device of a group reaches, each of its group
+//!   does.
+//! - A domain that is configured anew takes all its functions along with the first.
+#![forbid(unsafe_code)]
+
+use super::error::VfioError;
+use super::moves::{MoveError, Mover};
+use crate::pviommu::{Attachment, FlushRange, Translation};
+
+/// A device of a unit.
+#[derive(Debug)]
+struct Member {
+    /// Unique in the unit, and what the mover calls it.
+    id: u32,
+    address: String,
+    /// Where the guest wants it.
+    wanted: Attachment,
+}
+
+/// The devices of a group that the VM has.
+#[derive(Debug)]
+pub(super) struct Unit<M> {
+    group: u32,
+    members: Vec<Member>,
+    mover: M,
+}
+
+/// Why a device was not moved.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UnitError {
+    /// Another device of its group is in another domain.
+    #[error(transparent)]
+    OtherDomain(#[from] VfioError),
+    /// The kernel, or what follows a table, refused.
+    #[error("{address}: {error}")]
+    Refused {
+        /// Its address.
+        address: String,
+        /// Why.
+        error: MoveError,
+    },
+}
+
+impl<M: Mover> Unit<M> {
+    /// The unit of a group, without devices, blocked.
+    pub(super) fn new(group: u32, mover: M) -> Self {
+        Self {
+            group,
+            members: Vec::new(),
+            mover,
+        }
+    }
+
+    /// A device joins, in the default domain. `id` must be new.
+    pub(super) fn join(&mut self, id: u32, address: &str) -> Result<(), UnitError> {
+        self.members.push(Member {
+            id,
+            address: address.to_owned(),
+            wanted: Attachment {
+                translation: Translation::Blocked,
+                ..Attachment::DEFAULT
+            },
+        });
+        let joined = self.enter(id, address);
+        if joined.is_err() {
+            self.leave(id);
+        }
+        joined
+    }
+
+    fn enter(&mut self, id: u32, address: &str) -> Result<(), UnitError> {
+        // Before it is where the others are.
+        self.check_others(id, &Attachment::DEFAULT)?;
+        self.mover.join(id).map_err(|error| UnitError::Refused {
+            address: address.to_owned(),
+            error,
+        })?;
+        self.attach(id, &Attachment::DEFAULT)
+    }
+
+    /// A device leaves. The last one leaves a unit that is blocked. If it alone was blocked, the others
+    /// need not be any more.
+    pub(super) fn leave(&mut self, id: u32) {
+        self.members.retain(|member| member.id != id);
+        if self.members.is_empty() {
+            self.settle();
+            self.mover.leave(id);
+        } else {
+            self.mover.leave(id);
+            self.settle();
+        }
+    }
+
+    fn settle(&mut self) {
+        if let Err(error) = self.mover.go(self.common()) {
+            log::error!("group {}: {error}", self.group);
+        }
+    }
+
+    /// True if no device is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Moves a device.
+    pub(super) fn attach(&mut self, id: u32, to: &Attachment) -> Result<(), UnitError> {
+        let Some(at) = self.members.iter().position(|member| member.id == id) else {
+            return Ok(());
+        };
+        let blocks = to.translation == Translation::Blocked;
+        if !blocks {
+            self.check_others(id, to)?;
+        }
+        let former: Vec<Attachment> = self.members.iter().map(|member| member.wanted).collect();
+        for (other, member) in self.members.iter_mut().enumerate() {
+            if other == at {
+                member.wanted = *to;
+            } else if !blocks && !member.is_blocked() && member.wanted.domain == to.domain {
+                member.wanted.translation = to.translation;
+            }
+        }
+        self.mover.go(self.common()).map_err(|error| {
+            for (member, former) in self.members.iter_mut().zip(former) {
+                member.wanted = former;
+            }
+            if blocks {
+                // It stays wanted so, and nobody of the group gets more until it is.
+                self.members[at].wanted = *to;
+            }
+            UnitError::Refused {
+                address: self.members[at].address.clone(),
+                error,
+            }
+        })
+    }
+
+    /// What all devices can have: blocked if one of them is.
+    fn common(&self) -> Translation {
+        let mut wanted = self.members.iter().map(|member| member.wanted.translation);
+        let first = wanted.next().unwrap_or(Translation::Blocked);
+        match wanted.all(|other| other == first) {
+            true => first,
+            false => Translation::Blocked,
+        }
+    }
+
+    fn check_others(&self, id: u32, to: &Attachment) -> Result<(), VfioError> {
+        let differs = |member: &&Member| {
+            let wanted = &member.wanted;
+            let agrees = wanted.domain == to.domain || wanted.translation == to.translation;
+            member.id != id && !member.is_blocked() && !agrees
+        };
+        let others: Vec<_> = self.members.iter().filter(differs).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let own = self.members.iter().find(|member| member.id == id);
+        Err(VfioError::OtherDomain {
+            address: own.map(|member| member.address.clone()).unwrap_or_default(),
+            group: self.group,
+            members: others.iter().map(|member| member.address.clone()).collect(),
+        })
+    }
+
+    /// Forgets translations of some ranges.
+    pub(super) fn flush(&mut self, ranges: &[FlushRange]) {
+        self.mover.flush(ranges);
+    }
+
+    /// Forgets all translations.
+    pub(super) fn flush_all(&mut self) {
+        self.mover.flush_all();
+    }
+}
+
+impl Member {
+    fn is_blocked(&self) -> bool {
+        self.wanted.translation == Translation::Blocked
+    }
+}
