@@ -9,6 +9,7 @@
 //! | [`devices`] | what is plugged in where `testdev` does not do |
 //! | [`check`], [`checks`] | a check, its verdict, how it fails; all of them, by area |
 //! | [`runner`], [`report`] | runs checks and keeps the results; the formats of a report |
+//! | [`storm`] | a guest that means harm, for as long as one likes |
 //! | [`trace`], [`decode`] | what was exchanged last, in words |
 //! | [`rows`] | which row of docs/spec has which checks |
 #![deny(unsafe_code)]
@@ -25,4 +26,5 @@ pub mod model;
 pub mod report;
 pub mod rows;
 pub mod runner;
+pub mod storm;
 pub mod trace;

@@ -53,6 +53,12 @@ pub(crate) enum Command {
     /// Exit status: 0 all checks passed, 1 one failed, 2 the command line asks for something
     /// impossible, 3 the bed is missing here.
     Conformance(ConformanceArgs),
+    /// Run a guest that means harm: random but plausible traffic from two VPs while buses come and go.
+    ///
+    /// The host must neither die, hang, leak nor grow, and serve the guest again after each round.
+    /// Exit status: 0 it held, 1 it did not, 2 the command line asks for something impossible, 3 the
+    /// bed is missing here.
+    Hostile(HostileArgs),
 }
 
 /// Options of `demo`.
@@ -87,6 +93,24 @@ pub(crate) struct ConformanceArgs {
     /// Write the report to this file instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
+}
+
+/// Options of `hostile`.
+#[derive(Debug, Args)]
+pub(crate) struct HostileArgs {
+    /// Where the guest runs.
+    #[arg(long, value_enum, value_name = "BED", default_value_t = BedChoice::Auto)]
+    pub(crate) bed: BedChoice,
+    /// Who answers the guest's Hyper-V hypercalls on the bed `kvm`.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = HypervMode::User)]
+    pub(crate) hyperv: HypervMode,
+    /// How long, to the end of a round.
+    #[arg(long, value_name = "N", default_value_t = 60,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seconds: u32,
+    /// Where all chance comes from; another one each time if absent. It is printed.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
 }
 
 /// Where the guest of a conformance run or of the demonstration runs.
@@ -294,6 +318,9 @@ mod tests {
             ("conformance --bed moon", "'--bed <BED>'"),
             ("conformance --filter (", "'--filter <RE>'"),
             ("conformance --format xml", "'--format <FORMAT>'"),
+            ("hostile --bed moon", "'--bed <BED>'"),
+            ("hostile --seconds 0", "'--seconds <N>'"),
+            ("hostile --seed x", "'--seed <N>'"),
             ("ctl list", "--socket <PATH>"),
             ("ctl --socket s fly", "'fly'"),
             ("ctl --socket s plug", "<SPEC>"),

@@ -16,6 +16,7 @@ mod doctor;
 mod embed;
 mod error;
 mod firmware;
+mod hostile;
 mod image;
 mod kernel;
 mod layout;
@@ -80,6 +81,10 @@ fn main() -> ExitCode {
         Command::Conformance(args) => {
             expect_misbehaviour();
             return ExitCode::from(conformance::conformance(&args));
+        }
+        Command::Hostile(args) => {
+            expect_misbehaviour();
+            return ExitCode::from(hostile::hostile(&args));
         }
         Command::Ctl(args) => return ExitCode::from(ctl::ctl(&args)),
         Command::Doctor(args) => return ExitCode::from(doctor::doctor(&args)),

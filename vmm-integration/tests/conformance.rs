@@ -68,3 +68,14 @@ fn a_report_that_cannot_be_written_is_a_failure() {
     ]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
+
+#[test]
+fn a_hostile_guest_on_sim_does_no_harm_and_its_seed_is_told() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vpci-vmm"));
+    command.args(["hostile", "--bed", "sim", "--seconds", "1", "--seed", "5"]);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let text = stdout(&output);
+    assert!(text.starts_with("hostile guest on sim, seed 5\n"), "{text}");
+    assert!(text.contains(" rounds held in "), "{text}");
+}

@@ -45,7 +45,12 @@ impl Workers {
     /// Lets the next worker with work do one step, each in its turn. False if there was none.
     pub fn step(&self) -> bool {
         let mut turn = lock(&self.turn);
-        let adopted = lock(&self.adopted).clone();
+        let adopted = {
+            let mut adopted = lock(&self.adopted);
+            // Workers of buses that are gone.
+            adopted.retain(|(worker, _)| worker.strong_count() > 0);
+            adopted.clone()
+        };
         for offset in 0..adopted.len() {
             let index = (*turn + offset) % adopted.len();
             let (worker, flag) = &adopted[index];

@@ -19,6 +19,8 @@ use crate::trace::{Event, Trace};
 pub const PAGE: u64 = 4096;
 /// How long an interrupt that must come may take. Far more than it takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Interrupts that are taken at a time where they may come without an end.
+const MOST_INTERRUPTS: usize = 256;
 /// How long to look out for an interrupt that must not come, where that takes time.
 pub const GLANCE: Duration = Duration::from_millis(5);
 
@@ -300,6 +302,23 @@ impl Vm {
     pub fn remove(&self, instance: Uuid) -> Result<(), Failure> {
         self.trace(&Event::Note(format!("bus {instance} is taken away")));
         Ok(self.0.machine.host.remove(instance)?)
+    }
+
+    /// Takes what has arrived on `vp`, and what arrives within `timeout` of the last, and forgets it.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault`].
+    pub fn drain_interrupts(&self, vp: u32, timeout: Duration) -> Result<(), Fault> {
+        if let Some(arrived) = self.0.arrived.get(vp as usize) {
+            lock(arrived).clear();
+        }
+        for _ in 0..MOST_INTERRUPTS {
+            if self.0.machine.guest.next_interrupt(vp, timeout)?.is_none() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn next_interrupt(&self, vp: u32, timeout: Duration) -> Result<Option<u8>, Fault> {
