@@ -14,7 +14,8 @@ use crate::size::parse_memory;
 pub(crate) const MAX_CPUS: i64 = 254;
 
 const VPCI_HELP: &str = "A PCI function, repeatable: blk,path=FILE[,readonly=on][,queues=N] | rng \
-     | testdev, each with [,bus=GUID][,fn=N][,iommu=on]";
+     | testdev | vfio,host=DDDD:BB:DD.F[,dma=auto|nested|shadow], a device of this host that is bound \
+     to vfio-pci; each with [,bus=GUID][,fn=N][,iommu=on]";
 
 /// Reference VMM of vm-vpci: runs Linux guests whose PCI devices sit on Hyper-V vPCI buses.
 #[derive(Debug, Parser)]

@@ -41,6 +41,7 @@ use crate::counters;
 use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::Ram;
+use crate::passthrough::PassThrough;
 use crate::report::{DmaReport, DomainReport, FunctionReport, VectorReport};
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
@@ -56,6 +57,8 @@ pub(crate) struct Functions {
     cpus: u8,
     buses: Vec<BusSpec>,
     devices: Vec<Device>,
+    /// Devices of the host, which need the VM's RAM first.
+    hosts: Vec<PlacedFunction>,
     /// Some function is behind the pvIOMMU, so there has to be one.
     iommu: bool,
 }
@@ -80,21 +83,41 @@ impl Functions {
             cpus,
             buses: Vec::new(),
             devices: Vec::new(),
+            hosts: Vec::new(),
             iommu: placed.iter().any(|function| function.iommu),
         };
         for function in placed {
-            let device = functions.device(function, cpus)?;
-            let mode = match function.iommu {
-                true => IommuMode::On,
-                false => IommuMode::Off,
-            };
-            let spec = FunctionSpec::new(function.function, device).with_iommu(mode);
-            functions.put(function.bus, spec);
+            if let Some(device) = functions.device(function, cpus)? {
+                functions.put(function, device);
+            } else {
+                functions.hosts.push(function.clone());
+            }
         }
         Ok(functions)
     }
 
-    fn device(&mut self, placed: &PlacedFunction, cpus: u8) -> Result<Arc<dyn PciFunction>, Error> {
+    /// Opens the devices of the host.
+    fn open_hosts(&mut self, passthrough: &PassThrough) -> Result<(), Error> {
+        for function in std::mem::take(&mut self.hosts) {
+            let Kind::Vfio(device) = &function.kind else {
+                continue;
+            };
+            let opened = passthrough.open(device, function.iommu);
+            let opened = opened.map_err(|source| Error::PassThrough {
+                spec: format!("vfio,host={}", device.address),
+                source,
+            })?;
+            self.put(&function, opened);
+        }
+        Ok(())
+    }
+
+    /// Makes an emulated device; `None` for one of the host.
+    fn device(
+        &mut self,
+        placed: &PlacedFunction,
+        cpus: u8,
+    ) -> Result<Option<Arc<dyn PciFunction>>, Error> {
         let refused = Error::host("an event descriptor");
         match &placed.kind {
             Kind::Blk {
@@ -112,13 +135,13 @@ impl Functions {
                 };
                 let disk = Blk::new(config, &*self.workers).map_err(Error::Disk)?;
                 self.remember(placed, Handle::Blk(disk.clone()));
-                Ok(disk)
+                Ok(Some(disk))
             }
             Kind::Testdev => {
                 let serial = logical_id(placed.bus, placed.function);
                 let device = TestDevice::new(serial, &*self.workers).map_err(refused)?;
                 self.remember(placed, Handle::Testdev(device.clone()));
-                Ok(device)
+                Ok(Some(device))
             }
             Kind::Rng => {
                 let config = RngConfig {
@@ -126,8 +149,9 @@ impl Functions {
                 };
                 let device = Rng::new(config, &*self.workers).map_err(refused)?;
                 self.remember(placed, Handle::Rng(device.clone()));
-                Ok(device)
+                Ok(Some(device))
             }
+            Kind::Vfio(_) => Ok(None),
         }
     }
 
@@ -139,7 +163,13 @@ impl Functions {
         });
     }
 
-    fn put(&mut self, instance: Uuid, function: FunctionSpec) {
+    fn put(&mut self, placed: &PlacedFunction, device: Arc<dyn PciFunction>) {
+        let mode = match placed.iommu {
+            true => IommuMode::On,
+            false => IommuMode::Off,
+        };
+        let function = FunctionSpec::new(placed.function, device).with_iommu(mode);
+        let instance = placed.bus;
         match self.buses.iter_mut().find(|bus| bus.instance == instance) {
             Some(bus) => bus.functions.push(function),
             None => self.buses.push(BusSpec {
@@ -223,6 +253,7 @@ pub(crate) struct Embedding {
     /// For devices that are plugged in later.
     workers: Arc<EventLoop>,
     clock: Arc<MonotonicClock>,
+    passthrough: PassThrough,
     cpus: u8,
     devices: Mutex<Vec<Device>>,
 }
@@ -251,7 +282,7 @@ impl Embedding {
         ram: &Ram,
         layout: &Layout,
         host: Host,
-        functions: Functions,
+        mut functions: Functions,
     ) -> Result<Self, Error> {
         let msi = Arc::new(KvmMsiSink::new(vm.clone()));
         let doorbells: Option<Arc<dyn Doorbells>> = host
@@ -279,23 +310,31 @@ impl Embedding {
             }),
         };
         let clock = Arc::new(MonotonicClock::starting_at(host.reference_time));
+        let lines = match host.hybrid {
+            Some(hybrid) => Some(connect_sints(vm, vcpus, hybrid)?),
+            None => None,
+        };
+        let guest_ram = GuestRam::new(ram);
+        let mut routes = kvm::irqchip_routes();
+        routes.extend(lines.iter().flat_map(|lines| lines.routes()));
+        let first_gsi = kvm::IRQCHIP_GSIS + vcpus.len() as u32;
+        let passthrough = PassThrough::new(vm, guest_ram.clone(), routes, first_gsi, None);
         let partition_host = PartitionHost {
-            ram: GuestRam::new(ram),
+            ram: guest_ram,
             msi: msi.clone(),
             workers: functions.workers.clone(),
             clock: clock.clone(),
             doorbells,
-            bars: None,
+            bars: Some(passthrough.bars.clone()),
         };
-        let (partition, lines) = match host.hybrid {
-            None => (Partition::new(config, partition_host)?, None),
-            Some(hybrid) => {
-                let lines = connect_sints(vm, vcpus, hybrid)?;
-                let kernel = hybrid.kernel_mode(vm, lines.clone());
-                let partition = Partition::with_kernel(config, partition_host, kernel)?;
-                (partition, Some(lines))
+        let partition = match host.hybrid.zip(lines.clone()) {
+            None => Partition::new(config, partition_host)?,
+            Some((hybrid, lines)) => {
+                let kernel = hybrid.kernel_mode(vm, lines);
+                Partition::with_kernel(config, partition_host, kernel)?
             }
         };
+        functions.open_hosts(&passthrough)?;
         for bus in functions.buses {
             partition.plug(bus)?;
         }
@@ -306,6 +345,7 @@ impl Embedding {
             lines,
             workers: functions.workers,
             clock,
+            passthrough,
             cpus: functions.cpus,
             devices: Mutex::new(functions.devices),
         })
@@ -526,7 +566,8 @@ impl Embedding {
     pub(crate) fn plug(&self, specs: &[String]) -> Result<Uuid, Error> {
         let present: Vec<Uuid> = self.partition.buses().iter().map(|b| b.instance).collect();
         let placed = spec::parse(specs, &present)?;
-        let functions = Functions::on(self.workers.clone(), &placed, self.cpus)?;
+        let mut functions = Functions::on(self.workers.clone(), &placed, self.cpus)?;
+        functions.open_hosts(&self.passthrough)?;
         let Ok([bus]) = <[BusSpec; 1]>::try_from(functions.buses) else {
             return Err(Error::NotOneBus);
         };
@@ -625,6 +666,7 @@ impl Embedding {
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());
         counters.insert("msi.undelivered".into(), self.msi.undelivered());
+        counters.insert("vfio.failures".into(), self.passthrough.failures());
         if let Some(iommu) = self.partition.iommu() {
             counters.extend(counters::iommu_by_name(&iommu.counters));
         }

@@ -12,6 +12,7 @@ use crate::image::ImageError;
 use crate::kernel::KernelError;
 use crate::layout::LayoutError;
 use crate::memory::MemoryError;
+use crate::passthrough::PassThroughError;
 use crate::report::ReportError;
 use crate::snapshot::RestoreError;
 use crate::spec::SpecError;
@@ -38,6 +39,14 @@ pub(crate) enum Error {
         spec: String,
         /// What is wrong.
         source: ImageError,
+    },
+    /// A device of the host cannot be passed through.
+    #[error("--vpci {spec}: {source}")]
+    PassThrough {
+        /// The option's value.
+        spec: String,
+        /// What is wrong, with the device's address.
+        source: PassThroughError,
     },
     /// A disk cannot be made.
     #[error("--vpci blk: {0}")]
@@ -140,6 +149,7 @@ impl Error {
             | Self::Report(_)
             | Self::Layout(_) => 2,
             Self::NoKernelMode(_)
+            | Self::PassThrough { .. }
             | Self::Memory(_)
             | Self::KvmOpen { .. }
             | Self::Kvm(_)

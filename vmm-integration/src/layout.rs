@@ -43,6 +43,9 @@ pub(crate) const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages that KVM on Intel hosts needs for its task state segment.
 pub(crate) const KVM_TSS: u64 = 0xfffb_d000;
 
+/// KVM memory slots of BARs of passed-through devices; those below are RAM's.
+pub(crate) const BAR_SLOTS: std::ops::Range<u32> = 0x4000..0x4400;
+
 /// Alignment of the high window.
 const HIGH_ALIGN: u64 = 1 << 30;
 /// Wanted size of the high window.

@@ -24,6 +24,7 @@ mod long_mode;
 mod machine;
 mod marks;
 mod memory;
+mod passthrough;
 mod pci_config;
 mod ports;
 mod report;

@@ -5,7 +5,7 @@
 //! could not tell apart.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use crate::error::Error;
 use crate::image;
+use crate::passthrough;
 
 /// Most `--vpci` options in one run.
 pub(crate) const MAX_FUNCTIONS: usize = 64;
@@ -42,6 +43,28 @@ pub(crate) enum Kind {
     Rng,
     /// The DMA engine for tests.
     Testdev,
+    /// A device of the host, by VFIO.
+    Vfio(HostDevice),
+}
+
+/// A device of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostDevice {
+    /// Its PCI address there, with the domain, such as `0000:00:05.0`.
+    pub(crate) address: String,
+    /// How first-stage domains of the guest reach it.
+    pub(crate) dma: DmaMode,
+}
+
+/// How first-stage domains of the guest reach a device of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DmaMode {
+    /// The best that the host can do.
+    Auto,
+    /// Its IOMMU walks the guest's tables.
+    Nested,
+    /// This program follows the guest's tables and maps what they say.
+    Shadow,
 }
 
 /// One parsed SPEC.
@@ -74,7 +97,7 @@ pub(crate) struct PlacedFunction {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SpecError {
     /// First word is no kind of function.
-    #[error("unknown kind '{kind}' (use blk, rng or testdev)")]
+    #[error("unknown kind '{kind}' (use blk, rng, testdev or vfio)")]
     UnknownKind {
         /// The word.
         kind: String,
@@ -114,6 +137,15 @@ pub(crate) enum SpecError {
     /// A blk function without its image.
     #[error("blk needs path=FILE")]
     MissingPath,
+    /// A vfio function without its device.
+    #[error("vfio needs host=DDDD:BB:DD.F, the PCI address of a device of this host (lspci -D)")]
+    MissingHost,
+    /// Two functions are one device of the host.
+    #[error("two functions are the host's device {address}: leave one of them out")]
+    DuplicateHost {
+        /// Its address.
+        address: String,
+    },
     /// Too many functions.
     #[error("{count} functions are too many (at most {MAX_FUNCTIONS})")]
     TooMany {
@@ -177,6 +209,10 @@ impl FromStr for FunctionSpec {
                 values.allow("testdev", &["bus", "fn", "iommu"])?;
                 Kind::Testdev
             }
+            "vfio" => {
+                values.allow("vfio", &["host", "bus", "fn", "iommu", "dma"])?;
+                Kind::Vfio(parse_host(&mut values)?)
+            }
             other => {
                 let kind = other.to_owned();
                 return Err(SpecError::UnknownKind { kind });
@@ -213,6 +249,39 @@ fn parse_blk(values: &mut Values) -> Result<Kind, SpecError> {
         readonly,
         queues,
     })
+}
+
+fn parse_host(values: &mut Values) -> Result<HostDevice, SpecError> {
+    let host = values.take("host").ok_or(SpecError::MissingHost)?;
+    let dma = match values.take("dma").as_deref() {
+        None | Some("auto") => DmaMode::Auto,
+        Some("nested") => DmaMode::Nested,
+        Some("shadow") => DmaMode::Shadow,
+        Some(value) => return Err(bad_value("dma", value, "auto, nested or shadow")),
+    };
+    match pci_address(&host) {
+        Some(address) => Ok(HostDevice { address, dma }),
+        None => Err(bad_value(
+            "host",
+            &host,
+            "a PCI address such as 0000:00:05.0",
+        )),
+    }
+}
+
+/// An address as the kernel writes it; the domain may be left out.
+fn pci_address(text: &str) -> Option<String> {
+    let hex = |text: &str, len: usize| {
+        let digits = text.len() <= len && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        digits.then(|| u32::from_str_radix(text, 16).ok()).flatten()
+    };
+    let (place, function) = text.rsplit_once('.')?;
+    let (rest, device) = place.rsplit_once(':')?;
+    let (domain, bus) = rest.rsplit_once(':').unwrap_or(("0", rest));
+    let (domain, bus) = (hex(domain, 8)?, hex(bus, 2)?);
+    let (device, function) = (hex(device, 2)?, hex(function, 1)?);
+    (device < 32 && function < 8)
+        .then(|| format!("{domain:04x}:{bus:02x}:{device:02x}.{function:x}"))
 }
 
 fn parse_bus(value: &str) -> Result<Uuid, SpecError> {
@@ -328,11 +397,22 @@ pub(crate) fn parse(texts: &[String], present: &[Uuid]) -> Result<Vec<PlacedFunc
         .collect::<Result<Vec<_>, _>>()?;
     let placed = place(&specs, present).map_err(Error::Placement)?;
     for (text, function) in texts.iter().zip(&placed) {
-        if let Kind::Blk { path, readonly, .. } = &function.kind {
-            image::check(path, *readonly).map_err(|source| Error::Image {
-                spec: text.clone(),
-                source,
-            })?;
+        let spec = || text.clone();
+        match &function.kind {
+            Kind::Blk { path, readonly, .. } => {
+                let checked = image::check(path, *readonly);
+                checked.map_err(|source| Error::Image {
+                    spec: spec(),
+                    source,
+                })?;
+            }
+            Kind::Vfio(device) => {
+                passthrough::check(device).map_err(|source| Error::PassThrough {
+                    spec: spec(),
+                    source: source.into(),
+                })?;
+            }
+            Kind::Rng | Kind::Testdev => {}
         }
     }
     Ok(placed)
@@ -392,6 +472,15 @@ fn default_bus(domain: u16) -> Uuid {
 }
 
 fn check(placed: &[PlacedFunction]) -> Result<(), SpecError> {
+    let mut hosts = HashSet::new();
+    for function in placed {
+        if let Kind::Vfio(device) = &function.kind
+            && !hosts.insert(&device.address)
+        {
+            let address = device.address.clone();
+            return Err(SpecError::DuplicateHost { address });
+        }
+    }
     let mut ids = HashMap::new();
     let mut domains: HashMap<u16, Uuid> = HashMap::new();
     for function in placed {
@@ -473,6 +562,53 @@ mod tests {
         assert_eq!((readonly, queues), (false, None));
         assert_eq!(parse("rng").unwrap().kind, Kind::Rng);
         assert_eq!(parse("testdev,fn=0").unwrap().kind, Kind::Testdev);
+    }
+
+    #[test]
+    fn a_device_of_the_host_is_named_by_its_address() {
+        let host = |text: &str| match parse(&format!("vfio,host={text}")).unwrap().kind {
+            Kind::Vfio(device) => device.address,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(host("0000:00:05.0"), "0000:00:05.0");
+        assert_eq!(host("3b:1F.7"), "0000:3b:1f.7");
+        assert_eq!(host("10000:e1:0.1"), "10000:e1:00.1");
+        for bad in [
+            "",
+            "5",
+            "00:05",
+            "00:05.8",
+            "00:20.0",
+            "000:05.0",
+            "x:0.0",
+            "1:2:3:4.0",
+            "+1:0.0",
+        ] {
+            let text = message(&format!("vfio,host={bad}"));
+            assert!(
+                text.contains("'host'") && text.contains("0000:00:05.0"),
+                "{bad}: {text}"
+            );
+        }
+        assert!(message("vfio").contains("lspci -D"));
+        assert!(message("vfio,host=0:5.0,dma=fast").contains("auto, nested or shadow"));
+        assert!(message("vfio,host=0:5.0,path=x").contains("host, bus, fn, iommu, dma"));
+        let spec = parse("vfio,host=0:5.0,dma=shadow,iommu=on").unwrap();
+        let Kind::Vfio(device) = spec.kind else {
+            panic!("not a vfio");
+        };
+        assert_eq!((device.dma, spec.iommu), (DmaMode::Shadow, true));
+    }
+
+    #[test]
+    fn a_device_of_the_host_is_one_function() {
+        let spec = |text: &str| parse(text).unwrap();
+        let twice = [
+            spec("vfio,host=00:05.0"),
+            spec("vfio,host=0000:00:05.0,fn=0"),
+        ];
+        let error = place(&twice, &[]).unwrap_err();
+        assert!(error.to_string().contains("0000:00:05.0"), "{error}");
     }
 
     #[test]
