@@ -32,8 +32,8 @@ use crate::msr::{ForwardMsr, GpFault, MsrConfig, MsrEffect, MsrError, PartitionM
 use crate::pviommu::{
     AddDeviceError, IommuConfig, IommuConfigError, IommuGroup, IommuReport, PvIommu,
 };
-use crate::synic::{DEFAULT_QUEUE_LIMIT, SynicConfig, SynicCounters, UserSynic};
 use crate::synic::{SintLines, SynicPort};
+use crate::synic::{SynicConfig, SynicCounters, UserSynic};
 use crate::vmbus::{ChannelDevice, ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
 use crate::vmm::{BarMapper, Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
@@ -238,7 +238,7 @@ impl Partition {
         let mut msrs = PartitionMsrs::new(msr_config, host.ram.clone(), host.clock.clone())?;
         let synic_config = SynicConfig {
             apic_ids: apic_ids.clone(),
-            queue_limit: DEFAULT_QUEUE_LIMIT,
+            queue_limit: config.vmbus.limits.synic_queue,
         };
         let mut synic = UserSynic::new(&synic_config, host.ram.clone(), host.msi.clone());
         if let Some(kernel) = &kernel {

@@ -184,6 +184,7 @@ impl Machine {
             gpadl_bytes: 4096,
             inbox: 4,
             outbox: 4,
+            synic_queue: 16,
         };
         let config = PartitionConfig {
             apic_ids: (0..VPS).collect(),

@@ -22,6 +22,8 @@
 
 use uuid::Uuid;
 
+use crate::synic::DEFAULT_QUEUE_LIMIT;
+
 mod bus;
 pub mod channel;
 mod counters;
@@ -51,6 +53,8 @@ pub struct Limits {
     /// Messages to the guest that wait for room at the SynIC. Above it no message of the guest is
     /// handled, but one that ends the connection.
     pub outbox: usize,
+    /// Messages to the guest that wait for a slot of the SynIC, for each VP.
+    pub synic_queue: usize,
 }
 
 impl Default for Limits {
@@ -63,6 +67,7 @@ impl Default for Limits {
             gpadl_bytes: 4 << 20,
             inbox: 256,
             outbox: 64,
+            synic_queue: DEFAULT_QUEUE_LIMIT,
         }
     }
 }

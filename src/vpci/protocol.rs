@@ -52,6 +52,8 @@ pub struct ProtocolCounters {
     pub unknown_deletes: u64,
     /// Config windows that could not be where the guest wanted them.
     pub refused_windows: u64,
+    /// Interrupt messages refused because the function has as many as it can.
+    pub exhausted_interrupts: u64,
 }
 
 /// Messages that answer a request. Reused from request to request.
@@ -206,7 +208,11 @@ impl Protocol {
             }
             T::ResourcesAssigned | T::ResourcesAssigned2 | T::ResourcesAssigned3 => {
                 self.require_d0()?;
-                assignment::assign(core, message, payload, replies)?;
+                let assigned = assignment::assign(core, message, payload, replies);
+                if assigned == Err(Status::InsufficientResources) {
+                    self.counters.exhausted_interrupts += 1;
+                }
+                assigned?;
             }
             // Without the status that Linux adds, as OpenVMM's guest sends it, the latter has the
             // same shape.
@@ -232,7 +238,11 @@ impl Protocol {
             }
             T::CreateInterrupt | T::CreateInterrupt2 | T::CreateInterrupt3 => {
                 self.require_d0()?;
-                create_interrupt(core, message, payload, replies)?;
+                let created = create_interrupt(core, message, payload, replies);
+                if created == Err(Status::InsufficientResources) {
+                    self.counters.exhausted_interrupts += 1;
+                }
+                created?;
             }
             T::DeleteInterrupt | T::DeleteInterrupt2 => {
                 let request: wire::DeleteInterrupt = parse(payload)?;

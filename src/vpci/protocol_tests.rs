@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use zerocopy::little_endian::U16;
 
 const BAD_DATA: u32 = 0xc000_090b;
+const INSUFFICIENT_RESOURCES: u32 = 0xc000_009a;
 const NOT_SUPPORTED: u32 = 0xc000_00bb;
 const INVALID_STATE: u32 = 0xc000_0184;
 const INVALID_PARAMETER: u32 = 0xc000_000d;
@@ -192,6 +193,20 @@ fn messages_of_a_later_version_are_bad_data() {
     let (head, rest) = wire::BusRelations::read_from_prefix(&rig.replies.relations).unwrap();
     assert_eq!(head.message_type.get(), T::BusRelations.code());
     assert_eq!(rest.len(), 20);
+}
+
+#[test]
+fn messages_beyond_the_limit_are_refused_and_counted() {
+    let mut rig = rig().in_d0(0x0001_0004);
+    let most = wire::MAX_MESSAGES as usize;
+    for _ in 0..most {
+        assert_eq!(rig.send(&create(0, 0x30, 1, 0)), 0);
+    }
+    for refused in 1..=2 {
+        assert_eq!(rig.send(&create(0, 0x30, 1, 0)), INSUFFICIENT_RESOURCES);
+        assert_eq!(rig.protocol.counters.exhausted_interrupts, refused);
+        assert_eq!(rig.live(), most);
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::IommuCounters;
+use vm_vpci::vpci::bus::BusReport;
 
 /// All counters, as `layer.counter`.
 pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
@@ -44,6 +45,9 @@ pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
         ),
         ("vmbus.dropped_unknown_gpadl", vmbus.dropped_unknown_gpadl),
         ("vmbus.dropped_wrong_state", vmbus.dropped_wrong_state),
+        ("vmbus.dropped_rescinded", vmbus.dropped_rescinded),
+        ("vmbus.inbox_full", vmbus.inbox_full),
+        ("vmbus.superseded", vmbus.superseded),
         ("mmio.unclaimed", mmio.unclaimed),
         ("mmio.refused", mmio.refused),
     ]
@@ -59,6 +63,33 @@ pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
         named.insert(format!("hypercall.status.{status:#06x}"), *count);
     }
     named
+}
+
+/// The counters of buses, as `vpci.counter`: those of all that are plugged in, together.
+pub(crate) fn buses_by_name(buses: &[BusReport]) -> BTreeMap<String, u64> {
+    let sum = |count: fn(&BusReport) -> u64| buses.iter().map(count).sum();
+    let functions = |bus: &BusReport| bus.functions.iter().map(|f| f.refused_bars).sum::<u64>();
+    [
+        ("vpci.requests", sum(|bus| bus.protocol.requests)),
+        ("vpci.refused", sum(|bus| bus.protocol.refused)),
+        (
+            "vpci.unknown_deletes",
+            sum(|bus| bus.protocol.unknown_deletes),
+        ),
+        (
+            "vpci.refused_windows",
+            sum(|bus| bus.protocol.refused_windows),
+        ),
+        (
+            "vpci.exhausted_interrupts",
+            sum(|bus| bus.protocol.exhausted_interrupts),
+        ),
+        ("vpci.corrupt_rings", sum(|bus| bus.corrupt_rings)),
+        ("vpci.refused_bars", buses.iter().map(functions).sum()),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
 }
 
 /// The counters of a pvIOMMU, as `iommu.counter`.

@@ -665,6 +665,7 @@ impl Embedding {
     /// The library's counters by name.
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());
+        counters.extend(counters::buses_by_name(&self.partition.buses()));
         counters.insert("msi.undelivered".into(), self.msi.undelivered());
         counters.insert("vfio.failures".into(), self.passthrough.failures());
         if let Some(iommu) = self.partition.iommu() {

@@ -196,6 +196,40 @@ fn a_malformed_request_gets_an_error_and_harms_nobody() {
 }
 
 #[test]
+fn more_than_16_clients_are_told_to_come_again() {
+    let Some(vm) = Vm::start("more_than_16_clients_are_told_to_come_again") else {
+        return;
+    };
+    let connect = || BufReader::new(UnixStream::connect(&vm.socket).unwrap());
+    let ask = |client: &mut BufReader<UnixStream>| {
+        client
+            .get_mut()
+            .write_all(b"{\"command\":\"list\"}\n")
+            .unwrap();
+        let mut reply = String::new();
+        client.read_line(&mut reply).unwrap();
+        serde_json::from_str::<Value>(&reply).unwrap()
+    };
+    let mut clients: Vec<_> = (0..16).map(|_| connect()).collect();
+    for client in &mut clients {
+        assert_eq!(ask(client)["result"]["state"], "running");
+    }
+    let mut refused = String::new();
+    connect().read_line(&mut refused).unwrap();
+    let refused: Value = serde_json::from_str(&refused).unwrap();
+    assert_eq!(refused["error"]["kind"], "busy");
+    // Those who were there go on.
+    assert_eq!(ask(&mut clients[15])["result"]["state"], "running");
+    drop(clients);
+    // The VMM sees them go one by one.
+    let start = std::time::Instant::now();
+    while vm.ctl(&["list"]).status.code() != Some(0) {
+        assert!(start.elapsed().as_secs() < 10);
+    }
+    vm.quit();
+}
+
+#[test]
 fn nobody_at_the_socket_is_said_and_exits_with_3() {
     let output = Command::new(env!("CARGO_BIN_EXE_vpci-vmm"))
         .args(["ctl", "--socket", "/nonexistent/socket", "list"])

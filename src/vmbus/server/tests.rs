@@ -94,6 +94,7 @@ fn limits() -> Limits {
         gpadl_bytes: 2048,
         inbox: 8,
         outbox: 8,
+        ..Limits::default()
     }
 }
 
