@@ -13,6 +13,8 @@ use super::check::Interface;
 use super::group::Group;
 use super::info::Region;
 use super::ioctl;
+use super::nested::CannotNest;
+use crate::backend::nested::NestedCapabilities;
 use crate::mem::DeviceMemory;
 
 /// Number of the regions that a PCI device has.
@@ -111,6 +113,15 @@ impl VfioDevice {
     /// The interface by which it is opened: [`Interface::Type1`] or [`Interface::Iommufd`].
     pub fn interface(&self) -> Interface {
         self.group.interface()
+    }
+
+    /// What its IOMMU can do with first-stage tables of a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`CannotNest`]. That the kernel refuses to make a table may only show later.
+    pub fn nested_capabilities(&self) -> Result<NestedCapabilities, CannotNest> {
+        self.group.nested_capabilities(self.member)
     }
 
     /// Its regions: six BARs, ROM, configuration space, VGA.

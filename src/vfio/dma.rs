@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use super::carry::{Carrier, Carry, Nesting};
 use super::check::Interface;
 use super::device::VfioDevice;
 use super::error::VfioError;
 use super::group::{AnyUnit, Group};
 use super::host::VfioHost;
+use super::nested::CannotNest;
 use super::unit::{Unit, UnitError};
-use crate::backend::PagedBackend;
 use crate::pviommu::{Attachment, BackendError, BackendReport, DeviceBackend, FlushRange};
 
 /// Makes a device of the host obey a domain, until it is dropped; then its DMA is blocked.
@@ -27,8 +28,8 @@ pub struct VfioDma {
 impl VfioDma {
     /// Puts a device into the default domain: all guest RAM, at its guest physical addresses.
     ///
-    /// `paging` carries first-stage domains; without it such a domain is refused. The devices of a
-    /// group share what the first of them was given.
+    /// `carry` says what may carry first-stage domains. The devices of a group share what the first of
+    /// them was given.
     ///
     /// # Errors
     ///
@@ -37,17 +38,25 @@ impl VfioDma {
     pub fn new(
         host: &VfioHost,
         device: Arc<VfioDevice>,
-        paging: Option<Arc<dyn PagedBackend>>,
+        carry: impl Into<Carry>,
     ) -> Result<Arc<Self>, VfioError> {
         let group = device.group_handle().clone();
         let mut unit = group.unit();
-        let joined = join(host, &group, &mut unit, &device, paging);
+        let joined = join(host, &group, &mut unit, &device, &carry.into());
         if joined.is_err() {
             group.forget(device.member());
             unit.take_if(|any| any.unit.is_empty());
         }
         drop(unit);
         joined.map(|()| Arc::new(Self { device }))
+    }
+
+    /// What carries its first-stage domains.
+    pub fn carrier(&self) -> Carrier {
+        match &*self.device.group_handle().unit() {
+            Some(any) => any.carrier.clone(),
+            None => Carrier::Nothing(CannotNest::NotWanted),
+        }
     }
 
     /// The device.
@@ -62,7 +71,7 @@ fn join(
     group: &Group,
     unit: &mut Option<AnyUnit>,
     device: &VfioDevice,
-    paging: Option<Arc<dyn PagedBackend>>,
+    carry: &Carry,
 ) -> Result<(), VfioError> {
     let address = device.address();
     let member = device.member();
@@ -75,22 +84,39 @@ fn join(
     let any = match unit {
         Some(any) => any,
         none => {
+            let nestable = carry.nestable(|| group.nested_capabilities(member));
+            if carry.nesting == Nesting::Required
+                && let Err(why) = nestable
+            {
+                return Err(cannot_nest(address, why));
+            }
             let copies = match group.interface() {
                 // What a container maps for a domain takes the place of all guest RAM.
                 Interface::Type1 | Interface::Auto => 1,
                 // All share one copy; a unit that leaves it needs one of its own.
-                Interface::Iommufd => paging.is_some().into(),
+                // Nested tables need none.
+                Interface::Iommufd => (nestable.is_err() && carry.shadow.is_some()).into(),
             };
-            let locked = host.lock_ram(copies)?;
+            let mut locked = host.lock_ram(copies)?;
             let limits = group.limits(device.file()).map_err(host_error)?;
             host.check_reach(address, &limits)?;
-            let mover = group.mover(limits, paging);
-            let mover = mover.map_err(|error| VfioError::Space {
+            let mover = group.mover(member, limits, carry, nestable);
+            let (mover, carrier) = mover.map_err(|error| VfioError::Space {
                 address: address.into(),
                 error,
             })?;
+            match &carrier {
+                Carrier::Nothing(why) | Carrier::Shadow(why)
+                    if carry.nesting == Nesting::Required =>
+                {
+                    return Err(cannot_nest(address, why.clone()));
+                }
+                Carrier::Shadow(_) if copies == 0 => locked = host.lock_ram(1)?,
+                _ => {}
+            }
             none.insert(AnyUnit {
                 unit: Unit::new(group.id(), mover),
+                carrier,
                 _locked: locked,
             })
         }
@@ -103,6 +129,13 @@ fn join(
             error: error.to_string(),
         },
     })
+}
+
+fn cannot_nest(address: &str, why: CannotNest) -> VfioError {
+    VfioError::CannotNest {
+        address: address.into(),
+        why,
+    }
 }
 
 impl DeviceBackend for VfioDma {

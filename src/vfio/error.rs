@@ -184,6 +184,14 @@ pub enum VfioError {
         /// Why.
         error: String,
     },
+    /// Its domains were to be nested, and cannot be.
+    #[error("{address}: its tables cannot be nested: {why}; use dma=auto or dma=shadow")]
+    CannotNest {
+        /// Address of the device.
+        address: String,
+        /// Why.
+        why: super::nested::CannotNest,
+    },
     /// The kernel failed otherwise.
     #[error("{address}: {what} failed: {error}")]
     Host {

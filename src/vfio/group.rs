@@ -8,14 +8,21 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::carry::{Carrier, Carry};
 use super::check::Interface;
 use super::container::Container;
 use super::iommufd::{self, IommuFd};
 use super::moves::{AttachKernel, AttachMover, Mover, SpaceMover};
+use super::nested::{self, CannotNest, Devices, IommufdHost, NestedMover, Vtd};
 use super::space::{Space, SpaceKernel};
 use super::unit::Unit;
-use crate::backend::{AddressSpace, PagedBackend, Permissions, SpaceError, SpaceLimits};
+use crate::backend::nested::{NestedCapabilities, NestedError, NestedUnit, ObjectId, Place};
+use crate::backend::{AddressSpace, Permissions, SpaceError, SpaceLimits};
 use crate::mem::{GuestRam, RamPiece};
+use crate::pviommu::{IommuConfig, Levels};
+
+/// Bytes of the longest answer to IOMMU_GET_HW_INFO that is looked at: VT-d's has 24.
+const HW_INFO_LEN: usize = 64;
 
 /// How many times guest RAM is counted as locked, as long as it lives.
 pub(super) type LockedRam = Arc<u64>;
@@ -24,6 +31,8 @@ pub(super) type LockedRam = Arc<u64>;
 #[derive(Debug)]
 pub(super) struct AnyUnit {
     pub(super) unit: Unit<Box<dyn Mover>>,
+    /// What carries its first-stage domains.
+    pub(super) carrier: Carrier,
     pub(super) _locked: LockedRam,
 }
 
@@ -96,7 +105,7 @@ impl VmIommufd {
 }
 
 /// Devices of a group that are bound to an iommufd.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Attacher {
     vm: Arc<VmIommufd>,
     devices: Arc<Mutex<BTreeMap<u32, File>>>,
@@ -224,16 +233,43 @@ impl Group {
         vm.fd.destroy(probe).and(limits)
     }
 
-    /// A mover for the group, blocked.
+    /// What the IOMMU of a device of the group can do with first-stage tables.
+    pub(super) fn nested_capabilities(
+        &self,
+        member: u32,
+    ) -> Result<NestedCapabilities, CannotNest> {
+        let Kernel::Iommufd { vm, .. } = &self.kernel else {
+            return Err(CannotNest::NoIommufd);
+        };
+        let mut data = [0; HW_INFO_LEN];
+        let info = vm.fd.hw_info(member, &mut data);
+        let info = info.map_err(|error| CannotNest::Refused {
+            what: "tell what the IOMMU can do",
+            error: error.to_string(),
+        })?;
+        let len = data.len().min(info.len as usize);
+        nested::capabilities(info.kind, &data[..len])
+    }
+
+    /// A mover for the group, blocked, and what carries its first-stage domains. `member` joins next.
     pub(super) fn mover(
         &self,
+        member: u32,
         limits: SpaceLimits,
-        paging: Option<Arc<dyn PagedBackend>>,
-    ) -> Result<Box<dyn Mover>, SpaceError> {
+        carry: &Carry,
+        nestable: Result<NestedCapabilities, CannotNest>,
+    ) -> Result<(Box<dyn Mover>, Carrier), SpaceError> {
+        let shadow = carry.shadow.clone();
+        let otherwise = |why| match shadow {
+            Some(_) => Carrier::Shadow(why),
+            None => Carrier::Nothing(why),
+        };
         match &self.kernel {
             Kernel::Type1(space) => {
                 space.clear()?;
-                Ok(Box::new(SpaceMover::new(space.clone(), paging)))
+                let mover = SpaceMover::new(space.clone(), carry.shadow.clone());
+                let why = nestable.err().unwrap_or(CannotNest::NoIommufd);
+                Ok((Box::new(mover), otherwise(why)))
             }
             Kernel::Iommufd { vm, devices } => {
                 vm.fill()?;
@@ -242,7 +278,15 @@ impl Group {
                     devices: devices.clone(),
                     limits,
                 };
-                Ok(Box::new(AttachMover::new(attacher, paging)))
+                let nested = nestable
+                    .and_then(|found| nest(vm, attacher.clone(), member, found, &carry.guest));
+                Ok(match nested {
+                    Ok(mover) => (mover, Carrier::Nested),
+                    Err(why) => {
+                        let mover = AttachMover::new(attacher, carry.shadow.clone());
+                        (Box::new(mover), otherwise(why))
+                    }
+                })
             }
         }
     }
@@ -252,6 +296,37 @@ impl Group {
         if let Kernel::Iommufd { devices, .. } = &self.kernel {
             lock(devices).remove(&member);
         }
+    }
+}
+
+/// A mover that nests tables, if the kernel makes any.
+fn nest(
+    vm: &VmIommufd,
+    attacher: Attacher,
+    member: u32,
+    capabilities: NestedCapabilities,
+    guest: &IommuConfig,
+) -> Result<Box<dyn Mover>, CannotNest> {
+    let identity = ObjectId(attacher.identity());
+    let devices = Devices::new(attacher, member);
+    let host = IommufdHost::new(vm.fd.clone(), devices, Vtd, identity);
+    let levels = match guest.five_levels {
+        true => Levels::Five,
+        false => Levels::Four,
+    };
+    match NestedUnit::open(host, capabilities, identity, Place::Blocked, levels) {
+        Ok(unit) => Ok(Box::new(NestedMover::new(unit, identity))),
+        Err((_, NestedError::Unavailable { what, cause, left })) => {
+            for object in left {
+                log::warn!("table {object} of iommufd stays");
+            }
+            let error = cause.to_string();
+            Err(CannotNest::Refused { what, error })
+        }
+        Err((_, error)) => Err(CannotNest::Refused {
+            what: "nest tables",
+            error: error.to_string(),
+        }),
     }
 }
 

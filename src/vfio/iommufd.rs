@@ -166,7 +166,7 @@ impl AsFd for IommuFd {
 }
 
 /// Attaches a bound device to an address space or page table object; if it is attached already, it is
-/// moved there, and no DMA of it sees anything between the two.
+/// moved there in one call. VT-d's driver blocks its DMA meanwhile (`intel_iommu_attach_device`).
 pub(super) fn attach(device: BorrowedFd<'_>, pt: u32) -> io::Result<()> {
     let mut attach = vfio::vfio_device_attach_iommufd_pt {
         pt_id: pt,

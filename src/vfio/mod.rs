@@ -13,6 +13,7 @@
 //! Decisions are made in `unit`, `moves` and `space`, which reach the kernel through a trait and so
 //! are tested against one that fails anywhere. Unsafe code is in `ioctl` only.
 
+mod carry;
 mod check;
 mod config;
 mod container;
@@ -35,6 +36,7 @@ mod tests;
 mod unit;
 mod vectors;
 
+pub use carry::{Carrier, Carry, Nesting};
 pub use check::{HostFacts, Interface, check, check_memlock};
 pub use config::ConfigError;
 pub use device::{

@@ -47,6 +47,26 @@ pub enum CannotNest {
         /// What.
         what: &'static str,
     },
+    /// The device was opened by its group.
+    #[error("the device was not opened by iommufd (CONFIG_IOMMUFD, CONFIG_VFIO_DEVICE_CDEV)")]
+    NoIommufd,
+    /// The kernel refused to make tables, or to say what the IOMMU can do.
+    #[error("the host's kernel refused to {what}: {error}")]
+    Refused {
+        /// What it refused.
+        what: &'static str,
+        /// Its error.
+        error: String,
+    },
+    /// The guest was told addresses that VT-d does not take.
+    #[error("the guest was told addresses of {width} bits, one more than VT-d takes")]
+    Width {
+        /// Bits of an address.
+        width: u8,
+    },
+    /// Nobody asked for it.
+    #[error("it is not asked for")]
+    NotWanted,
 }
 
 /// What an IOMMU can do with first-stage tables, from the answer of IOMMU_GET_HW_INFO: its type, and

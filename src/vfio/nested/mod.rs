@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod hardware;
+mod mover;
 mod vtd;
 
 #[cfg(test)]
@@ -17,6 +18,7 @@ use std::io;
 use std::sync::Arc;
 
 pub use hardware::{CannotNest, capabilities};
+pub(super) use mover::{Devices, NestedMover};
 pub use vtd::Vtd;
 
 use super::IommuFd;
