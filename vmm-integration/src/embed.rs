@@ -42,7 +42,7 @@ use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::Ram;
 use crate::passthrough::PassThrough;
-use crate::report::{DmaReport, DomainReport, FunctionReport, VectorReport};
+use crate::report::{DmaReport, DomainReport, FirstStageReport, FunctionReport, VectorReport};
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
 
@@ -102,7 +102,7 @@ impl Functions {
             let Kind::Vfio(device) = &function.kind else {
                 continue;
             };
-            let opened = passthrough.open(device, function.iommu);
+            let opened = passthrough.open(device, &function);
             let opened = opened.map_err(|source| Error::PassThrough {
                 spec: format!("vfio,host={}", device.address),
                 source,
@@ -296,7 +296,7 @@ impl Embedding {
             reference_counter: false,
             ..Features::default()
         };
-        let config = PartitionConfig {
+        let mut config = PartitionConfig {
             apic_ids: (0..vcpus.len() as u32).collect(),
             features,
             tsc_hz: vcpus.first().map_or(Ok(0), kvm::tsc_hz)?,
@@ -304,10 +304,7 @@ impl Embedding {
             mmio: vec![window(LOW_WINDOW), window(layout.high_window)],
             hypercall_port: DEFAULT_HYPERCALL_PORT,
             vmbus: VmBusConfig::default(),
-            iommu: functions.iommu.then(|| IommuConfig {
-                physical_bits: layout.address_bits,
-                ..IommuConfig::default()
-            }),
+            iommu: None,
         };
         let clock = Arc::new(MonotonicClock::starting_at(host.reference_time));
         let lines = match host.hybrid {
@@ -319,6 +316,13 @@ impl Embedding {
         routes.extend(lines.iter().flat_map(|lines| lines.routes()));
         let first_gsi = kvm::IRQCHIP_GSIS + vcpus.len() as u32;
         let passthrough = PassThrough::new(vm, guest_ram.clone(), routes, first_gsi, None);
+        if functions.iommu {
+            let told = IommuConfig {
+                physical_bits: layout.address_bits,
+                ..IommuConfig::default()
+            };
+            config.iommu = Some(passthrough.prepare(&functions.hosts, told));
+        }
         let partition_host = PartitionHost {
             ram: guest_ram,
             msi: msi.clone(),
@@ -640,6 +644,12 @@ impl Embedding {
                     faults: function.dma.faults,
                     last_fault: function.last_fault.map(|fault| fault.to_string()),
                 },
+                first_stage: self.passthrough.carrier(bus.instance, function.number).map(
+                    |carrier| FirstStageReport {
+                        by: carrier.name(),
+                        why_not_nested: carrier.why_not_nested().map(ToString::to_string),
+                    },
+                ),
             }));
         }
         functions

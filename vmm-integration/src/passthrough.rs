@@ -1,18 +1,24 @@
 //! Devices of the host as functions of this VM: how a VMM gives the library what they need.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvm_bindings::kvm_irq_routing_entry;
 use kvm_ioctls::VmFd;
+use uuid::Uuid;
 use vm_vpci::backend::PagedBackend;
 use vm_vpci::kvm::{DEFAULT_MAX_LINES, KvmBarMapper, KvmLines, KvmRoutes};
 use vm_vpci::mem::GuestRam;
-use vm_vpci::vfio::{FunctionError, Interface, VfioDma, VfioError, VfioFunction, VfioHost};
+use vm_vpci::pviommu::IommuConfig;
+use vm_vpci::vfio::{
+    Carrier, Carry, FunctionError, Interface, Nesting, VfioDevice, VfioDma, VfioError,
+    VfioFunction, VfioHost,
+};
 
 use crate::layout::BAR_SLOTS;
-use crate::spec::{DmaMode, HostDevice};
+use crate::spec::{DmaMode, HostDevice, Kind, PlacedFunction};
 
 /// Why a device of the host is no function.
 #[derive(Debug, thiserror::Error)]
@@ -23,16 +29,6 @@ pub(crate) enum PassThroughError {
     /// It cannot be shown to a guest.
     #[error(transparent)]
     Function(#[from] FunctionError),
-    /// What was asked for with `dma=` cannot be.
-    #[error("{address}: dma={mode} is not possible: {why}")]
-    Dma {
-        /// Its address.
-        address: String,
-        /// What was asked for.
-        mode: &'static str,
-        /// Why not.
-        why: &'static str,
-    },
 }
 
 /// Looks at a device before anything is created.
@@ -53,7 +49,21 @@ pub(crate) struct PassThrough {
     pub(crate) bars: Arc<KvmBarMapper>,
     /// Carries first-stage domains by following the guest's tables.
     shadow: Option<Arc<dyn PagedBackend>>,
-    functions: Mutex<Vec<Weak<VfioFunction>>>,
+    /// What the guest is told of its tables.
+    guest: OnceLock<IommuConfig>,
+    /// Devices that were opened to find that out.
+    opened: Mutex<BTreeMap<String, Arc<VfioDevice>>>,
+    functions: Mutex<Vec<PassedThrough>>,
+}
+
+/// A function that is a device of the host, as long as it lives.
+#[derive(Debug)]
+struct PassedThrough {
+    bus: Uuid,
+    number: u8,
+    function: Weak<VfioFunction>,
+    /// Of a function behind the pvIOMMU.
+    carrier: Option<Carrier>,
 }
 
 impl PassThrough {
@@ -72,11 +82,37 @@ impl PassThrough {
             lines: Arc::new(KvmLines::new(vm.clone(), Arc::new(table))),
             bars: Arc::new(KvmBarMapper::new(vm.clone(), BAR_SLOTS)),
             shadow,
+            guest: OnceLock::new(),
+            opened: Mutex::default(),
             functions: Mutex::default(),
         }
     }
 
-    /// Opens a device and puts it into the default domain.
+    /// What the guest is to be told of its tables: `config`, and no more than the IOMMUs walk that
+    /// can be nested on. Opens the devices among `placed`, which [`open`](Self::open) then takes.
+    /// One that cannot be opened is left to it, too.
+    pub(crate) fn prepare(&self, placed: &[PlacedFunction], config: IommuConfig) -> IommuConfig {
+        let mut config = config;
+        for function in placed.iter().filter(|function| function.iommu) {
+            let Kind::Vfio(device) = &function.kind else {
+                continue;
+            };
+            if device.dma == DmaMode::Shadow {
+                continue;
+            }
+            let Ok(opened) = self.host.open(&device.address, Interface::Auto) else {
+                continue;
+            };
+            if let Ok(found) = opened.nested_capabilities() {
+                config.nested = true;
+                config.gigabyte_pages &= found.gigabyte_pages;
+            }
+            lock(&self.opened).insert(device.address.clone(), opened);
+        }
+        *self.guest.get_or_init(|| config)
+    }
+
+    /// Opens the device that a function is, and puts it into the default domain.
     ///
     /// # Errors
     ///
@@ -84,38 +120,67 @@ impl PassThrough {
     pub(crate) fn open(
         &self,
         device: &HostDevice,
-        iommu: bool,
+        placed: &PlacedFunction,
     ) -> Result<Arc<VfioFunction>, PassThroughError> {
-        let paging = match (iommu, device.dma) {
-            (false, _) => None,
-            (true, DmaMode::Nested) => {
-                return Err(PassThroughError::Dma {
-                    address: device.address.clone(),
-                    mode: "nested",
-                    why: "this program does not nest tables yet; use dma=auto",
-                });
-            }
-            (true, DmaMode::Auto | DmaMode::Shadow) => self.shadow.clone(),
+        let address = &device.address;
+        let known = lock(&self.opened).remove(address);
+        let opened = match known {
+            Some(opened) => opened,
+            None => self.host.open(address, Interface::Auto)?,
         };
-        let opened = self.host.open(&device.address, Interface::Auto)?;
-        let dma = VfioDma::new(&self.host, opened.clone(), paging)?;
+        let carry = match placed.iommu {
+            false => Carry::default(),
+            true => Carry {
+                nesting: match device.dma {
+                    DmaMode::Auto => Nesting::IfPossible,
+                    DmaMode::Nested => Nesting::Required,
+                    DmaMode::Shadow => Nesting::Never,
+                },
+                guest: self.guest.get().copied().unwrap_or_default(),
+                shadow: self.shadow.clone(),
+            },
+        };
+        let dma = VfioDma::new(&self.host, opened.clone(), carry)?;
+        let carrier = placed.iommu.then(|| dma.carrier());
+        if let Some(carrier) = &carrier {
+            match device.dma {
+                DmaMode::Shadow => log::info!("{address}: first-stage domains are {carrier}"),
+                _ => log::warn!("{address}: first-stage domains are {carrier}"),
+            }
+        }
         let function = VfioFunction::new(opened, dma, self.lines.clone())?;
-        let mut functions = self
-            .functions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.retain(|function| function.strong_count() > 0);
-        functions.push(Arc::downgrade(&function));
+        let mut functions = lock(&self.functions);
+        functions.retain(|known| known.function.strong_count() > 0);
+        functions.push(PassedThrough {
+            bus: placed.bus,
+            number: placed.function,
+            function: Arc::downgrade(&function),
+            carrier,
+        });
         Ok(function)
+    }
+
+    /// What carries the first-stage domains of a function behind the pvIOMMU that is a device of the
+    /// host.
+    pub(crate) fn carrier(&self, bus: Uuid, number: u8) -> Option<Carrier> {
+        let functions = lock(&self.functions);
+        let found = functions.iter().find(|known| {
+            let lives = known.function.strong_count() > 0;
+            lives && known.bus == bus && known.number == number
+        });
+        found.and_then(|known| known.carrier.clone())
     }
 
     /// Times that the host could not do what the guest asked of a device.
     pub(crate) fn failures(&self) -> u64 {
-        let functions = self
-            .functions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let live = functions.iter().filter_map(Weak::upgrade);
+        let functions = lock(&self.functions);
+        let live = functions
+            .iter()
+            .filter_map(|known| known.function.upgrade());
         live.map(|function| function.failures()).sum()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

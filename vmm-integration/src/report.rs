@@ -62,6 +62,15 @@ pub(crate) struct DomainReport {
     pub(crate) faults: u64,
 }
 
+/// What carries the first-stage domains of a device of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct FirstStageReport {
+    /// `nested`, `shadow`, or `none` if such a domain is refused.
+    pub(crate) by: &'static str,
+    /// Why it is not nested.
+    pub(crate) why_not_nested: Option<String>,
+}
+
 /// Counts of one function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct FunctionReport {
@@ -69,7 +78,7 @@ pub(crate) struct FunctionReport {
     pub(crate) bus: String,
     /// Function number.
     pub(crate) function: u8,
-    /// `blk`, `rng` or `testdev`.
+    /// `blk`, `rng`, `testdev` or `vfio`.
     pub(crate) kind: String,
     /// Logical device id.
     pub(crate) logical_id: u32,
@@ -79,6 +88,9 @@ pub(crate) struct FunctionReport {
     pub(crate) vectors: Vec<VectorReport>,
     /// Its DMA.
     pub(crate) dma: DmaReport,
+    /// Of a device of the host that is behind the pvIOMMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) first_stage: Option<FirstStageReport>,
 }
 
 /// The functions at a moment that the guest marked.
@@ -194,6 +206,7 @@ mod tests {
                 faults: 2,
                 last_fault: Some("read of 8 bytes".into()),
             },
+            first_stage: None,
         };
         Report {
             version: VERSION,

@@ -76,6 +76,7 @@ fn state(ram: &Ram) -> MachineSnapshot {
         workers: Arc::new(workers),
         clock: Arc::new(MonotonicClock::default()),
         doorbells: None,
+        bars: None,
     };
     MachineSnapshot {
         shape: Shape {
