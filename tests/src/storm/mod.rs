@@ -43,6 +43,8 @@ pub use usage::Usage;
 const STEPS: u64 = 4000;
 /// How long a storm may go without any step before the host counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long what is gone may still be held after a storm.
+const LAG: Duration = Duration::from_secs(20);
 /// Rounds after which memory should not grow any more.
 const WARM_UP: usize = 3;
 /// Bytes that the process may grow by after the warm-up: allocators round.
@@ -214,14 +216,15 @@ fn round(context: &Context, seed: u64, progress: &Progress) -> Verdict {
     }
     operator.tidy_up()?;
     vm.ram().fill(arena, attacker::PAGES * 4096, 0)?;
-    let during = Usage::now();
+    // A worker or a VP whose thread has panicked is missing.
+    let held = Usage::like(&before, LAG);
+    let after = "after the storm";
     equal(
-        "file descriptors after the storm",
-        during.descriptors,
+        format!("file descriptors {after}"),
+        held.descriptors,
         before.descriptors,
     )?;
-    // A worker or a VP whose thread has panicked is missing.
-    equal("threads after the storm", during.threads, before.threads)?;
+    equal(format!("threads {after}"), held.threads, before.threads)?;
     works(&vm)
 }
 

@@ -3,6 +3,8 @@
 
 use std::fmt;
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Counts; none where the host does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +25,20 @@ impl Usage {
             descriptors: entries("/proc/self/fd"),
             threads: entries("/proc/self/task"),
             memory: resident(),
+        }
+    }
+
+    /// As it is once descriptors and threads are as in `other`, or when patience is at its end. A
+    /// loop that waits for workers, for one, lets go of those that are gone when it runs the next time.
+    pub(super) fn like(other: &Self, patience: Duration) -> Self {
+        let start = Instant::now();
+        loop {
+            let now = Self::now();
+            let same = (now.descriptors, now.threads) == (other.descriptors, other.threads);
+            if same || start.elapsed() > patience {
+                return now;
+            }
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }
