@@ -135,6 +135,7 @@ pub mod cpuid;
 pub mod device_id;
 pub mod devices;
 pub mod dma;
+pub mod gate;
 pub mod hv;
 pub mod hypercall;
 #[cfg(feature = "kvm")]

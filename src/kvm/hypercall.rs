@@ -146,7 +146,7 @@ impl CallRegisters for Registers<'_> {
     }
 }
 
-fn is_long_mode(sregs: &kvm_sregs) -> bool {
+pub(super) fn is_long_mode(sregs: &kvm_sregs) -> bool {
     sregs.efer & EFER_LMA != 0 && sregs.cs.l == 1
 }
 

@@ -20,6 +20,7 @@ mod capability;
 mod connections;
 pub mod cpuid;
 mod doorbell;
+mod exchange;
 mod exit;
 pub mod hybrid;
 pub mod hypercall;
@@ -27,7 +28,10 @@ mod lines;
 mod msi;
 mod probe;
 mod sint;
+mod slots;
+mod store;
 pub mod survey;
+mod tracking;
 pub mod xsave;
 
 pub use bars::KvmBarMapper;
@@ -41,7 +45,12 @@ pub use lines::{DEFAULT_MAX_LINES, KvmLines, KvmRoutes, RouteTable};
 pub use msi::KvmMsiSink;
 pub use probe::ProbeFault;
 pub use sint::{IRQCHIP_GSIS, KvmSintLines, irqchip_routes};
+pub use store::{StepError, answer_store, is_emulation_failure, step_over};
+pub use tracking::KvmRam;
 
 /// Input clock of KVM's in-kernel local APIC timer in Hz, unless the VMM changed it with
 /// KVM_CAP_X86_APIC_BUS_CYCLES_NS (docs/spec/kvm.md, section 4).
 pub const APIC_TIMER_HZ: u64 = 1_000_000_000;
+
+#[cfg(all(test, not(loom)))]
+mod tracking_tests;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use vm_vpci::backend::shadow::ShadowCounters;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::IommuCounters;
 use vm_vpci::vpci::bus::BusReport;
@@ -109,6 +110,35 @@ pub(crate) fn iommu_by_name(counters: &IommuCounters) -> BTreeMap<String, u64> {
         ("iommu.flushes", flushes),
         ("iommu.flushed_ranges", flushed_ranges),
         ("iommu.default_domain_faults", default_domain_faults),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
+
+/// The counters of shadowed domains, as `shadow.counter`.
+pub(crate) fn shadow_by_name(counters: &ShadowCounters) -> BTreeMap<String, u64> {
+    let ShadowCounters {
+        stores,
+        lost_exchanges,
+        flushes,
+        maps,
+        unmaps,
+        blocked,
+        tracked_pages,
+        tables,
+        mappings,
+    } = *counters;
+    [
+        ("shadow.stores", stores),
+        ("shadow.lost_exchanges", lost_exchanges),
+        ("shadow.flushes", flushes),
+        ("shadow.maps", maps),
+        ("shadow.unmaps", unmaps),
+        ("shadow.blocked", blocked),
+        ("shadow.tracked_pages", tracked_pages),
+        ("shadow.tables", tables),
+        ("shadow.mappings", mappings),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
 use uuid::Uuid;
+use vm_vpci::backend::shadow::{Shadow, ShadowBackend, ShadowConfig};
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::event_loop::{EventLoop, Paused};
 use vm_vpci::devices::testdev::TestDevice;
@@ -23,7 +24,7 @@ use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig, V
 use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
 use vm_vpci::kvm::hybrid::HybridSupport;
 use vm_vpci::kvm::{
-    self, HostSupport, HypervExit, KvmDoorbells, KvmError, KvmMsiSink, KvmSintLines,
+    self, HostSupport, HypervExit, KvmDoorbells, KvmError, KvmMsiSink, KvmSintLines, StepError,
 };
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
@@ -40,7 +41,7 @@ use crate::api::{BusStatus, FunctionStatus, Listing, MachineState};
 use crate::counters;
 use crate::error::Error;
 use crate::layout::{LOW_WINDOW, Layout, Range};
-use crate::memory::Ram;
+use crate::memory::PluggedRam;
 use crate::passthrough::PassThrough;
 use crate::report::{DmaReport, DomainReport, FirstStageReport, FunctionReport, VectorReport};
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
@@ -74,6 +75,11 @@ impl Functions {
         let threads = threads.min(NonZeroUsize::MIN.saturating_add(MAX_WORKER_THREADS - 1));
         let workers = EventLoop::new("vpci", threads).map_err(Error::host("threads"))?;
         Self::on(Arc::new(workers), placed, cpus)
+    }
+
+    /// True if the VM gets a pvIOMMU.
+    pub(crate) fn has_iommu(&self) -> bool {
+        self.iommu
     }
 
     /// Makes devices that work on `workers`.
@@ -254,6 +260,9 @@ pub(crate) struct Embedding {
     workers: Arc<EventLoop>,
     clock: Arc<MonotonicClock>,
     passthrough: PassThrough,
+    ram: PluggedRam,
+    /// With a pvIOMMU: carries its domains to devices of the host.
+    shadow: Option<Arc<Shadow>>,
     cpus: u8,
     devices: Mutex<Vec<Device>>,
 }
@@ -279,7 +288,7 @@ impl Embedding {
     pub(crate) fn new(
         vm: &Arc<VmFd>,
         vcpus: &[VcpuFd],
-        ram: &Ram,
+        ram: &PluggedRam,
         layout: &Layout,
         host: Host,
         mut functions: Functions,
@@ -311,11 +320,22 @@ impl Embedding {
             Some(hybrid) => Some(connect_sints(vm, vcpus, hybrid)?),
             None => None,
         };
-        let guest_ram = GuestRam::new(ram);
+        let guest_ram = GuestRam::new(ram.map());
+        let shadow = functions.iommu.then(|| {
+            let config = ShadowConfig {
+                physical_bits: layout.address_bits,
+                ..ShadowConfig::default()
+            };
+            let tracker = ram.slots().clone();
+            Arc::new(Shadow::new(config, guest_ram.clone(), tracker))
+        });
         let mut routes = kvm::irqchip_routes();
         routes.extend(lines.iter().flat_map(|lines| lines.routes()));
         let first_gsi = kvm::IRQCHIP_GSIS + vcpus.len() as u32;
-        let passthrough = PassThrough::new(vm, guest_ram.clone(), routes, first_gsi, None);
+        let carrier = shadow
+            .clone()
+            .map(|shadow| Arc::new(ShadowBackend(shadow)) as _);
+        let passthrough = PassThrough::new(vm, guest_ram.clone(), routes, first_gsi, carrier);
         if functions.iommu {
             let told = IommuConfig {
                 physical_bits: layout.address_bits,
@@ -350,6 +370,8 @@ impl Embedding {
             workers: functions.workers,
             clock,
             passthrough,
+            ram: ram.clone(),
+            shadow,
             cpus: functions.cpus,
             devices: Mutex::new(functions.devices),
         })
@@ -446,6 +468,33 @@ impl Embedding {
     pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) {
         if !self.partition.mmio_write(gpa, data) {
             log::debug!("store of {} bytes to {gpa:#x} goes nowhere", data.len());
+        }
+    }
+
+    /// True for RAM whose pages may be tracked, so that a store to it left the guest.
+    pub(crate) fn is_tracked(&self, gpa: u64) -> bool {
+        let shadow = self.shadow.as_ref();
+        shadow.is_some_and(|shadow| shadow.ram().is_ram(gpa, 1))
+    }
+
+    /// A store to RAM that is tracked.
+    pub(crate) fn tracked_store(&self, vcpu: &mut VcpuFd) {
+        if let Some(shadow) = &self.shadow {
+            kvm::answer_store(vcpu, shadow);
+        }
+    }
+
+    /// An instruction that KVM cannot emulate: if it may be a store to a tracked page, executes it.
+    ///
+    /// # Errors
+    ///
+    /// [`StepError`]; the vCPU cannot go on.
+    pub(crate) fn step_over(&self, vcpu: &mut VcpuFd) -> Result<bool, StepError> {
+        match &self.shadow {
+            Some(shadow) if kvm::is_emulation_failure(vcpu) => {
+                kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| true)
+            }
+            _ => Ok(false),
         }
     }
 
@@ -680,6 +729,9 @@ impl Embedding {
         counters.insert("vfio.failures".into(), self.passthrough.failures());
         if let Some(iommu) = self.partition.iommu() {
             counters.extend(counters::iommu_by_name(&iommu.counters));
+        }
+        if let Some(shadow) = &self.shadow {
+            counters.extend(counters::shadow_by_name(&shadow.counters()));
         }
         if let Some(lines) = &self.lines {
             counters.insert("kvm.sints_lost".into(), lines.lost());

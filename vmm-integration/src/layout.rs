@@ -43,8 +43,11 @@ pub(crate) const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages that KVM on Intel hosts needs for its task state segment.
 pub(crate) const KVM_TSS: u64 = 0xfffb_d000;
 
-/// KVM memory slots of BARs of passed-through devices; those below are RAM's.
+/// KVM memory slots of BARs of passed-through devices.
 pub(crate) const BAR_SLOTS: std::ops::Range<u32> = 0x4000..0x4400;
+
+/// KVM memory slots of RAM.
+pub(crate) const RAM_SLOTS: std::ops::Range<u32> = 0..0x4000;
 
 /// Alignment of the high window.
 const HIGH_ALIGN: u64 = 1 << 30;

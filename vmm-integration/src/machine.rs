@@ -14,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
+use vm_vpci::gate::RunGate;
 use vm_vpci::kvm::cpuid::{self, CpuidOptions, VcpuPlace};
 use vm_vpci::kvm::hybrid::HybridSupport;
 use vm_vpci::kvm::{self, HostSupport, xsave};
@@ -33,7 +34,7 @@ use crate::long_mode;
 use crate::marks::Marks;
 use crate::memory::{PluggedRam, map_ram};
 use crate::ports;
-use crate::signals::kick_signal;
+use crate::signals::{VcpuThreads, kick_signal};
 use crate::snapshot::{self, MachineSnapshot, RestoreError, Shape};
 use crate::vcpu::{Exchange, Shared, Vcpu};
 use crate::vcpu_state::InitialState;
@@ -102,7 +103,10 @@ impl Machine {
         if let Some(hybrid) = host.hybrid {
             hybrid.prepare_vm(&vm)?;
         }
-        let ram = PluggedRam::plug(&vm, map_ram(&layout)?)?;
+        let gate = Arc::new(RunGate::new(config.cpus.into()));
+        let threads = Arc::new(VcpuThreads::default());
+        let tracked = functions.has_iommu();
+        let ram = PluggedRam::plug(&vm, map_ram(&layout)?, tracked, &gate, &threads)?;
         let serial_irq = EventFd::new(EFD_NONBLOCK).map_err(Error::host("an eventfd"))?;
         vm.register_irqfd(&serial_irq, ports::SERIAL_IRQ)
             .map_err(Error::kvm("connect the serial port's interrupt"))?;
@@ -113,7 +117,7 @@ impl Machine {
         })?;
 
         let vcpus = create_vcpus(&vm, config.cpus)?;
-        let embedding = Embedding::new(&vm, &vcpus, ram.map(), &layout, host, functions)?;
+        let embedding = Embedding::new(&vm, &vcpus, &ram, &layout, host, functions)?;
         let shared = Arc::new(Shared {
             control: Control::new(vcpus.len()).map_err(Error::host("an eventfd"))?,
             ports,
@@ -122,6 +126,8 @@ impl Machine {
             exits: AtomicU64::new(0),
             entry: Mutex::new(Entry::default()),
             exchange: Exchange::default(),
+            gate,
+            threads,
         });
         let tsc_hz = vcpus.first().map_or(Ok(0), kvm::tsc_hz)?;
         let mut machine = Self {

@@ -1,11 +1,16 @@
 //! Guest RAM: host mappings and KVM memory slots.
-#![allow(unsafe_code)]
+#![forbid(unsafe_code)]
 
-use kvm_bindings::kvm_userspace_memory_region;
+use std::io;
+use std::sync::Arc;
+
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_vpci::gate::RunGate;
+use vm_vpci::kvm::KvmRam;
 
-use crate::layout::Layout;
+use crate::layout::{Layout, RAM_SLOTS};
+use crate::signals::VcpuThreads;
 
 /// The `vm-memory` type behind guest RAM.
 pub(crate) type Ram = GuestMemoryMmap<()>;
@@ -22,13 +27,8 @@ pub(crate) enum MemoryError {
         source: vm_memory::mmap::FromRangesError,
     },
     /// KVM does not take a memory slot.
-    #[error("KVM refuses guest RAM at {gpa:#x}: {source}")]
-    Slot {
-        /// Guest physical address of the slot.
-        gpa: u64,
-        /// KVM's error.
-        source: kvm_ioctls::Error,
-    },
+    #[error("KVM refuses guest RAM: {0}")]
+    Slots(#[source] io::Error),
 }
 
 /// Maps RAM for `layout`. Pages are allocated when first touched.
@@ -48,40 +48,39 @@ pub(crate) fn map_ram(layout: &Layout) -> Result<Ram, MemoryError> {
     })
 }
 
-/// RAM that is plugged into a VM. Holding both keeps the mappings alive as long as KVM uses them.
-#[derive(Debug)]
+/// RAM that is plugged into a VM.
+#[derive(Debug, Clone)]
 pub(crate) struct PluggedRam {
-    ram: Ram,
+    slots: Arc<KvmRam>,
 }
 
 impl PluggedRam {
-    /// Gives `ram` to the VM, one slot a region.
-    ///
-    /// The caller keeps the result for as long as any vCPU of the VM runs.
+    /// Gives `ram` to the VM; in small slots if pages of it may be tracked. vCPUs pass `gate`, and
+    /// `threads` are theirs.
     ///
     /// # Errors
     ///
-    /// [`MemoryError::Slot`].
-    pub(crate) fn plug(vm: &VmFd, ram: Ram) -> Result<Self, MemoryError> {
-        for (slot, region) in ram.iter().enumerate() {
-            let gpa = region.start_addr().0;
-            let slot = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: 0,
-                guest_phys_addr: gpa,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the slot covers exactly one mapping of `ram`, which `PluggedRam` and all
-            // clones of the map keep in place; regions of one map do not overlap.
-            unsafe { vm.set_user_memory_region(slot) }
-                .map_err(|errno| MemoryError::Slot { gpa, source: errno })?;
-        }
-        Ok(Self { ram })
+    /// [`MemoryError::Slots`].
+    pub(crate) fn plug(
+        vm: &Arc<VmFd>,
+        ram: Ram,
+        tracked: bool,
+        gate: &Arc<RunGate>,
+        threads: &Arc<VcpuThreads>,
+    ) -> Result<Self, MemoryError> {
+        let (gate, threads) = (gate.clone(), threads.clone());
+        let slots = KvmRam::plug(vm.clone(), ram, RAM_SLOTS, tracked, gate, threads);
+        let slots = Arc::new(slots.map_err(MemoryError::Slots)?);
+        Ok(Self { slots })
     }
 
     /// The memory map.
     pub(crate) fn map(&self) -> &Ram {
-        &self.ram
+        self.slots.map()
+    }
+
+    /// What makes pages of it read-only for vCPUs.
+    pub(crate) fn slots(&self) -> &Arc<KvmRam> {
+        &self.slots
     }
 }

@@ -1,9 +1,13 @@
 //! Signals as a pollable descriptor, and the signal that takes a vCPU out of the guest.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_vpci::gate::Kick;
 
 use vmm_sys_util::signal::{SIGRTMIN, create_sigset, register_signal_handler};
 
@@ -78,4 +82,52 @@ pub(crate) fn kick_signal() -> i32 {
 pub(crate) fn install_kick_handler() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(kick_signal(), ignore).map_err(io::Error::from)
+}
+
+/// The vCPU threads, to be kicked one by one.
+#[derive(Debug, Default)]
+pub(crate) struct VcpuThreads {
+    /// By number of the vCPU. A thread takes itself off before it ends.
+    alive: Mutex<BTreeMap<usize, libc::pthread_t>>,
+}
+
+impl VcpuThreads {
+    /// Notes the calling thread as that of a vCPU, until the result is dropped on the same thread.
+    pub(crate) fn enlist(&self, vcpu: usize) -> Enlisted<'_> {
+        // SAFETY: it only tells the number of the calling thread.
+        let this = unsafe { libc::pthread_self() };
+        self.lock().insert(vcpu, this);
+        Enlisted {
+            threads: self,
+            vcpu,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, libc::pthread_t>> {
+        self.alive.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kick for VcpuThreads {
+    fn kick(&self, vcpu: usize) {
+        let alive = self.lock();
+        if let Some(thread) = alive.get(&vcpu) {
+            // SAFETY: the thread is alive: before it ends it takes itself off the list, which is
+            // locked. The signal has a handler.
+            unsafe { libc::pthread_kill(*thread, kick_signal()) };
+        }
+    }
+}
+
+/// The calling thread can be kicked.
+#[derive(Debug)]
+pub(crate) struct Enlisted<'a> {
+    threads: &'a VcpuThreads,
+    vcpu: usize,
+}
+
+impl Drop for Enlisted<'_> {
+    fn drop(&mut self) {
+        self.threads.lock().remove(&self.vcpu);
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_vpci::gate::RunGate;
 use vm_vpci::kvm;
 
 use crate::console::ConsolePorts;
@@ -18,6 +19,7 @@ use crate::long_mode;
 use crate::marks::Marks;
 use crate::ports::PortAction;
 use crate::report::Mark;
+use crate::signals::VcpuThreads;
 use crate::vcpu_saved::SavedVcpu;
 use crate::vcpu_state::{InitialState, VcpuStateError};
 
@@ -38,6 +40,10 @@ pub(crate) struct Shared {
     pub(crate) entry: Mutex<Entry>,
     /// States of vCPUs on their way from or to their threads.
     pub(crate) exchange: Exchange,
+    /// Passed around KVM_RUN, and closed while slots of RAM change.
+    pub(crate) gate: Arc<RunGate>,
+    /// The vCPU threads.
+    pub(crate) threads: Arc<VcpuThreads>,
 }
 
 /// Where [`Command::Save`] and [`Command::Restore`] put and find the states of vCPUs, by number.
@@ -102,6 +108,8 @@ pub(crate) struct Vcpu {
 /// How the thread goes on after an exit.
 enum Next {
     Continue,
+    /// Something wants the thread's attention, and no exit is under way.
+    Interrupted,
     Report(GuestEvent),
 }
 
@@ -119,6 +127,7 @@ impl Vcpu {
 
     fn follow_commands(&mut self) {
         let shared = self.shared.clone();
+        let _enlisted = shared.threads.enlist(self.index as usize);
         let control = &shared.control;
         loop {
             match control.wanted() {
@@ -128,7 +137,7 @@ impl Vcpu {
                     }
                 }
                 Command::Pause => {
-                    self.complete_exit();
+                    self.complete_exit(&shared);
                     if let Ok(regs) = self.fd.get_regs() {
                         log::debug!("vCPU {} pauses at RIP {:#x}", self.index, regs.rip);
                     }
@@ -194,21 +203,23 @@ impl Vcpu {
     }
 
     /// KVM finishes an instruction that caused an exit on the next entry only; this enters and
-    /// leaves at once, so that the registers are those between two instructions.
-    fn complete_exit(&mut self) {
+    /// leaves at once, so that the registers are those between two instructions. An instruction may
+    /// have more exits to come, such as a store of 16 bytes.
+    fn complete_exit(&mut self, shared: &Shared) {
         self.fd.set_kvm_immediate_exit(1);
-        // Always an error: EINTR.
-        let _ = self.fd.run();
+        while let Next::Continue = self.enter_guest(shared) {}
         self.fd.set_kvm_immediate_exit(0);
     }
 
     fn enter_guest(&mut self, shared: &Shared) -> Next {
         let vp = self.index;
-        let exit = match self.fd.run() {
+        let entered = shared.gate.enter(vp as usize);
+        let result = self.fd.run();
+        drop(entered);
+        let exit = match result {
             Ok(exit) => exit,
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                return Next::Continue;
-            }
+            Err(error) if error.errno() == libc::EINTR => return Next::Interrupted,
+            Err(error) if error.errno() == libc::EAGAIN => return Next::Continue,
             Err(error) => return self.failed(format!("KVM_RUN fails: {error}")),
         };
         shared.exits.fetch_add(1, Ordering::Relaxed);
@@ -226,6 +237,9 @@ impl Vcpu {
             },
             VcpuExit::IoIn(port, data) => shared.ports.read(port, data),
             VcpuExit::MmioRead(gpa, data) => shared.embedding.mmio_read(gpa, data),
+            VcpuExit::MmioWrite(gpa, _) if shared.embedding.is_tracked(gpa) => {
+                shared.embedding.tracked_store(&mut self.fd);
+            }
             VcpuExit::MmioWrite(gpa, data) => shared.embedding.mmio_write(gpa, data),
             VcpuExit::X86Rdmsr(exit) => shared.embedding.read_msr(vp, exit),
             VcpuExit::X86Wrmsr(_) => {
@@ -238,7 +252,12 @@ impl Vcpu {
                 Ok(false) => return self.failed("an exit of KVM's SynIC or debugger".into()),
                 Err(error) => return self.failed(format!("hypercall: {error}")),
             },
-            VcpuExit::Intr => {}
+            VcpuExit::Intr => return Next::Interrupted,
+            VcpuExit::InternalError => match shared.embedding.step_over(&mut self.fd) {
+                Ok(true) => {}
+                Ok(false) => return self.failed("an internal error of KVM".into()),
+                Err(error) => return self.failed(error.to_string()),
+            },
             // A triple fault: what a processor answers with a reset of the machine.
             VcpuExit::Shutdown => return Next::Report(GuestEvent::Reset),
             other => {

@@ -162,6 +162,11 @@ impl Shadow {
         }
     }
 
+    /// The RAM that the tables are in.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// Carries out a store of a vCPU that was trapped because its page is tracked, or was: when this
     /// returns, the bytes are in RAM, and what they map is mapped.
     ///
@@ -499,4 +504,4 @@ impl Drop for ShadowDomain {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests;
+pub(crate) mod tests;

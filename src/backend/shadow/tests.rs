@@ -27,7 +27,8 @@ const RAM: [Range<u64>; 2] = [0..0x10_0000, 0x20_0000..0x60_0000];
 
 /// An address space in memory.
 #[derive(Debug)]
-struct FakeSpace {
+pub(crate) struct FakeSpace {
+    ram: Vec<Range<u64>>,
     limits: SpaceLimits,
     mapped: Mutex<Intervals<(u64, Permissions)>>,
     /// Calls until the host fails.
@@ -36,11 +37,16 @@ struct FakeSpace {
 
 impl FakeSpace {
     fn new(max_mappings: Option<usize>) -> Arc<Self> {
+        Self::with_ram(&RAM, max_mappings)
+    }
+
+    pub(crate) fn with_ram(ram: &[Range<u64>], max_mappings: Option<usize>) -> Arc<Self> {
         let ranges = vec![
             0..=INTERRUPT_RANGE.start - 1,
             INTERRUPT_RANGE.end..=(1 << 57) - 1,
         ];
         Arc::new(Self {
+            ram: ram.to_vec(),
             limits: SpaceLimits {
                 ranges,
                 granule: 4096,
@@ -52,14 +58,14 @@ impl FakeSpace {
     }
 
     /// Where the page of `iova` leads to, and whether writes pass.
-    fn find(&self, iova: u64) -> Option<(u64, bool)> {
+    pub(crate) fn find(&self, iova: u64) -> Option<(u64, bool)> {
         let mapped = self.mapped.lock().unwrap();
         let (range, (gpa, access)) = mapped.find(iova)?;
         let writable = access.contains(Permissions::WRITE);
         Some((gpa + (iova - range.start), writable))
     }
 
-    fn ranges(&self) -> Vec<Range<u64>> {
+    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
         let mapped = self.mapped.lock().unwrap();
         mapped.iter().map(|(range, _)| range).collect()
     }
@@ -82,7 +88,7 @@ impl AddressSpace for FakeSpace {
         self.may_fail()?;
         assert!(self.limits.allow(iova, len), "{iova:#x}+{len:#x}");
         let is_ram = |range: &Range<u64>| range.start <= gpa && gpa + len <= range.end;
-        assert!(RAM.iter().any(is_ram), "{gpa:#x}+{len:#x}");
+        assert!(self.ram.iter().any(is_ram), "{gpa:#x}+{len:#x}");
         let mut mapped = self.mapped.lock().unwrap();
         let inserted = mapped.insert(iova, len, (gpa, access));
         inserted.map_err(|_| SpaceError::Exists { iova, len })

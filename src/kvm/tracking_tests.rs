@@ -1,0 +1,510 @@
+//! Two vCPUs on this machine's KVM that store to the same page tables.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::tracking::KvmRam;
+use super::{answer_store, is_emulation_failure, prepare_vcpu, prepare_vm, step_over};
+use crate::backend::shadow::tests::FakeSpace;
+use crate::backend::shadow::{Shadow, ShadowBackend, ShadowConfig};
+use crate::backend::{PagedBackend, PagedDomain};
+use crate::gate::{Kick, RunGate};
+use crate::hv::pviommu::entry;
+use crate::mem::{GuestRam, RamMap};
+use crate::pviommu::{Levels, PageTable};
+
+const RAM_SIZE: u64 = 32 << 20;
+/// Tables of the CPUs: 1 GiB of identity.
+const CPU_TABLES: u64 = 0x1000;
+/// Code of the vCPUs, 1 MiB for each.
+const CODE: u64 = 0x10_0000;
+/// Where vCPUs leave results, a page for each.
+const RESULTS: u64 = 0x8000;
+/// Tables of the domain, and the lowest of them, which is shared.
+const ROOT: u64 = 0x80_0000;
+const LEVEL_3: u64 = ROOT + 0x1000;
+const LEVEL_2: u64 = ROOT + 0x2000;
+const SHARED: u64 = ROOT + 0x3000;
+/// Where the vCPUs have tables of their own, and pages to map.
+const OWN: u64 = 0x90_0000;
+const DATA: u64 = 0x100_0000;
+
+const LINK: u64 = entry::PRESENT | entry::WRITABLE | entry::USER | entry::ACCESSED;
+const PAGE: u64 = LINK | entry::DIRTY;
+
+/// An entry that maps a page of data.
+fn leaf(page: u64) -> u64 {
+    (DATA + page * 0x1000) | PAGE
+}
+
+/// Threads to kick, by vCPU.
+#[derive(Debug, Default)]
+struct Threads(Mutex<Vec<(usize, libc::pthread_t)>>);
+
+impl Kick for Threads {
+    fn kick(&self, vcpu: usize) {
+        for (number, thread) in &*self.0.lock().unwrap() {
+            if *number == vcpu {
+                // SAFETY: the thread is alive: it takes itself off the list before it ends.
+                unsafe { libc::pthread_kill(*thread, SIGRTMIN()) };
+            }
+        }
+    }
+}
+
+/// Code under construction.
+#[derive(Default)]
+struct Code(Vec<u8>);
+
+impl Code {
+    fn set(&mut self, opcode: [u8; 2], value: u64) {
+        self.0.extend(opcode);
+        self.0.extend(value.to_le_bytes());
+    }
+
+    /// Address in RDI, value in RAX: mov [rdi], rax
+    fn store(&mut self, gpa: u64, value: u64) {
+        self.set([0x48, 0xbf], gpa);
+        self.set([0x48, 0xb8], value);
+        self.0.extend([0x48, 0x89, 0x07]);
+    }
+
+    /// lock cmpxchg [rdi], rcx; ZF goes to `result`: sete dl; mov [rdi], dl
+    fn exchange(&mut self, gpa: u64, old: u64, new: u64, result: u64) {
+        self.set([0x48, 0xbf], gpa);
+        self.set([0x48, 0xb8], old);
+        self.set([0x48, 0xb9], new);
+        self.0
+            .extend([0xf0, 0x48, 0x0f, 0xb1, 0x0f, 0x0f, 0x94, 0xc2]);
+        self.set([0x48, 0xbf], result);
+        self.0.extend([0x88, 0x17]);
+    }
+
+    /// `count` times: add 0x10 to [rdi] by compare-exchange
+    fn increments(&mut self, gpa: u64, count: u64) {
+        self.set([0x48, 0xbf], gpa);
+        self.set([0x48, 0xbe], count);
+        self.0.extend([0x48, 0x8b, 0x07]); // mov rax, [rdi]
+        self.0.extend([0x48, 0x8d, 0x48, 0x10]); // lea rcx, [rax + 0x10]
+        self.0.extend([0xf0, 0x48, 0x0f, 0xb1, 0x0f]); // lock cmpxchg [rdi], rcx
+        self.0.extend([0x75, 0xf5]); // jnz to the lea
+        self.0.extend([0x48, 0xff, 0xce, 0x75, 0xed]); // dec rsi; jnz to the mov
+    }
+
+    /// Leaves the guest: the test looks, with this number.
+    fn look(&mut self, number: u32) {
+        self.0.push(0xb8); // mov eax
+        self.0.extend(number.to_le_bytes());
+        self.0.extend([0xe7, 0x10]); // out 0x10, eax
+    }
+
+    fn end(&mut self) {
+        self.0.extend([0xe6, 0x11]); // out 0x11, al
+    }
+}
+
+/// A VM whose domain is followed.
+struct Bed {
+    map: RamMap,
+    ram: Arc<KvmRam>,
+    gate: Arc<RunGate>,
+    threads: Arc<Threads>,
+    shadow: Arc<Shadow>,
+    space: Arc<FakeSpace>,
+    domain: Arc<dyn PagedDomain>,
+    vcpus: Vec<VcpuFd>,
+}
+
+impl Bed {
+    /// Nothing, after saying so, where there is no KVM.
+    fn new(test: &str, codes: Vec<Code>) -> Option<Self> {
+        let Ok(kvm) = Kvm::new() else {
+            println!("SKIPPED {test}: no /dev/kvm");
+            return None;
+        };
+        extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), ignore).unwrap();
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        vm.create_irq_chip().unwrap();
+        prepare_vm(&vm).unwrap();
+        let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).unwrap();
+        let write = |gpa: u64, value: u64| map.write_obj(value, GuestAddress(gpa)).unwrap();
+        write(CPU_TABLES, (CPU_TABLES + 0x1000) | 3);
+        write(CPU_TABLES + 0x1000, (CPU_TABLES + 0x2000) | 3);
+        for index in 0..512 {
+            write(CPU_TABLES + 0x2000 + index * 8, index << 21 | 0x83);
+        }
+        for (code, number) in codes.iter().zip(0..) {
+            let gpa = GuestAddress(CODE * (number + 1));
+            map.write_slice(&code.0, gpa).unwrap();
+        }
+        write(ROOT, LEVEL_3 | LINK);
+        write(LEVEL_3, LEVEL_2 | LINK);
+        write(LEVEL_2, SHARED | LINK);
+        let gate = Arc::new(RunGate::new(codes.len()));
+        let threads = Arc::new(Threads::default());
+        let plugged = KvmRam::plug(
+            vm.clone(),
+            map.clone(),
+            0..1000,
+            true,
+            gate.clone(),
+            threads.clone(),
+        );
+        let ram = Arc::new(plugged.unwrap());
+        let vcpus = (0..codes.len() as u64)
+            .map(|number| vcpu(vm.create_vcpu(number).unwrap(), CODE * (number + 1)))
+            .collect();
+        let shadow = Shadow::new(ShadowConfig::default(), GuestRam::new(&map), ram.clone());
+        let shadow = Arc::new(shadow);
+        let whole = 0..RAM_SIZE;
+        let space = FakeSpace::with_ram(std::slice::from_ref(&whole), None);
+        let table = PageTable {
+            root: ROOT,
+            levels: Levels::Four,
+        };
+        let domain = ShadowBackend(shadow.clone()).follow(table, space.clone());
+        Some(Self {
+            map,
+            ram,
+            gate,
+            threads,
+            shadow,
+            space,
+            domain: domain.unwrap(),
+            vcpus,
+        })
+    }
+
+    fn get(&self, gpa: u64) -> u64 {
+        self.map.read_obj(GuestAddress(gpa)).unwrap()
+    }
+
+    /// Runs all vCPUs to their ends; `look` gets the vCPU and the number of each look.
+    fn run(&mut self, look: impl Fn(&Self, usize, u32) + Sync) {
+        let vcpus = std::mem::take(&mut self.vcpus);
+        let (bed, look) = (&*self, &look);
+        thread::scope(|scope| {
+            for (number, mut fd) in vcpus.into_iter().enumerate() {
+                scope.spawn(move || {
+                    // SAFETY: no more than the number of this thread.
+                    let this = unsafe { libc::pthread_self() };
+                    bed.threads.0.lock().unwrap().push((number, this));
+                    while bed.step(number, &mut fd, look) {}
+                    bed.threads.0.lock().unwrap().retain(|(n, _)| *n != number);
+                });
+            }
+        });
+    }
+
+    /// One entry into the guest. False at its end.
+    fn step(&self, number: usize, fd: &mut VcpuFd, look: &dyn Fn(&Self, usize, u32)) -> bool {
+        let entered = self.gate.enter(number);
+        let exit = fd.run();
+        drop(entered);
+        match exit {
+            Ok(VcpuExit::IoOut(0x10, data)) => {
+                let what = u32::from_le_bytes(data.try_into().unwrap());
+                look(self, number, what);
+            }
+            Ok(VcpuExit::IoOut(0x11, _)) => return false,
+            Ok(VcpuExit::MmioWrite(..)) => assert!(answer_store(fd, &self.shadow)),
+            Ok(VcpuExit::InternalError) => {
+                assert!(is_emulation_failure(fd));
+                step_over(fd, &self.shadow, &self.ram).unwrap();
+            }
+            Ok(VcpuExit::Intr) => {}
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            other => {
+                let other = format!("{other:?}");
+                panic!("{other} at {:#x}", fd.get_regs().unwrap().rip);
+            }
+        }
+        true
+    }
+}
+
+/// Prepares a vCPU to run 64-bit code.
+fn vcpu(mut fd: VcpuFd, rip: u64) -> VcpuFd {
+    let kvm = Kvm::new().unwrap();
+    let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+    fd.set_cpuid2(&cpuid.unwrap()).unwrap();
+    let mut sregs = fd.get_sregs().unwrap();
+    let data = kvm_segment {
+        limit: 0xffff_ffff,
+        selector: 0x18,
+        type_: 3,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = kvm_segment {
+        selector: 0x10,
+        type_: 11,
+        db: 0,
+        l: 1,
+        ..data
+    };
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    sregs.cr0 = 1 | 1 << 4 | 1 << 31;
+    sregs.cr3 = CPU_TABLES;
+    // PAE; OSFXSR, for FXSAVE and XMM registers.
+    sregs.cr4 = 1 << 5 | 1 << 9;
+    sregs.efer = 1 << 8 | 1 << 10;
+    fd.set_sregs(&sregs).unwrap();
+    let regs = kvm_regs {
+        rip,
+        rflags: 2,
+        ..Default::default()
+    };
+    fd.set_regs(&regs).unwrap();
+    // The second one does not wait for the first to start it.
+    let running = kvm_bindings::kvm_mp_state {
+        mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE,
+    };
+    fd.set_mp_state(running).unwrap();
+    prepare_vcpu(&mut fd);
+    fd
+}
+
+/// The entry of the shared table, and what it maps.
+fn shared(index: u64) -> (u64, u64) {
+    (SHARED + index * 8, index << 12)
+}
+
+#[test]
+fn stores_of_every_size_are_seen_before_the_guest_goes_on() {
+    let mut code = Code::default();
+    let (entry, iova) = shared(5);
+    code.store(entry, leaf(0));
+    code.look(0);
+    // Half an entry: mov [rdi], eax
+    code.set([0x48, 0xb8], leaf(1));
+    code.0.extend([0x89, 0x07]);
+    code.look(1);
+    // Across two entries, with the upper half of one: mov [rdi], rax
+    let both = (leaf(2)) << 32;
+    code.store(entry + 4, both);
+    code.look(2);
+    // From the page before into the table, which is tracked.
+    let (first, _) = shared(0);
+    code.store(first - 4, (leaf(3)) << 32);
+    code.look(3);
+    // 16 bytes that KVM emulates by halves: movdqu xmm0, [rdi]; movdqu [rdi], xmm0
+    code.store(RESULTS, leaf(4));
+    code.store(RESULTS + 8, leaf(5));
+    code.set([0x48, 0xbf], RESULTS);
+    code.0.extend([0xf3, 0x0f, 0x6f, 0x07]);
+    code.set([0x48, 0xbf], shared(8).0);
+    code.0.extend([0xf3, 0x0f, 0x7f, 0x07]);
+    code.look(4);
+    // rep stosq of 3 entries
+    code.set([0x48, 0xbf], shared(10).0);
+    code.set([0x48, 0xb8], leaf(6));
+    code.set([0x48, 0xb9], 3);
+    code.0.extend([0xf3, 0x48, 0xab]);
+    code.look(5);
+    code.end();
+    let name = "stores_of_every_size_are_seen_before_the_guest_goes_on";
+    let Some(mut bed) = Bed::new(name, vec![code]) else {
+        return;
+    };
+    let looks = AtomicU32::new(0);
+    bed.run(|bed, _, number| {
+        looks.fetch_add(1, Ordering::Relaxed);
+        let found = |index| bed.space.find(shared(index).1);
+        let data = |page: u64| Some((DATA + page * 0x1000, true));
+        match number {
+            0 => assert_eq!(bed.space.find(iova), data(0)),
+            1 => assert_eq!(found(5), data(1)),
+            2 => assert_eq!((found(5), found(6)), (data(1), data(2))),
+            3 => assert_eq!(found(0), data(3)),
+            4 => assert_eq!((found(8), found(9)), (data(4), data(5))),
+            _ => assert_eq!([10, 11, 12].map(found), [data(6); 3]),
+        }
+    });
+    assert_eq!(looks.load(Ordering::Relaxed), 6);
+    assert_eq!(bed.get(first - 4) as u32, 0);
+    assert_eq!(bed.get(shared(9).0), leaf(5));
+}
+
+/// movq xmm0, rax; movq [rdi], xmm0: no KVM emulates the second.
+fn store_xmm(code: &mut Code, gpa: u64, value: u64) {
+    code.set([0x48, 0xbf], gpa);
+    code.set([0x48, 0xb8], value);
+    code.0.extend([0x66, 0x48, 0x0f, 0x6e, 0xc0]);
+    code.0.extend([0x66, 0x0f, 0xd6, 0x07]);
+}
+
+#[test]
+fn what_kvm_cannot_emulate_is_stepped_over_and_seen() {
+    let name = "what_kvm_cannot_emulate_is_stepped_over_and_seen";
+    let mut probe = Code::default();
+    store_xmm(&mut probe, RESULTS, 1);
+    probe.end();
+    let Some(mut bed) = Bed::new(name, vec![probe]) else {
+        return;
+    };
+    if !matches!(bed.vcpus[0].run(), Ok(VcpuExit::IoOut(0x11, _))) {
+        println!("SKIPPED {name}: this KVM emulates every instruction");
+        return;
+    }
+    let mut code = Code::default();
+    store_xmm(&mut code, shared(5).0, leaf(0));
+    code.look(0);
+    // lock cmpxchg16b [rdi], with 0 in RDX:RAX
+    code.set([0x48, 0xbf], shared(6).0);
+    code.set([0x48, 0xbb], leaf(1));
+    code.set([0x48, 0xb9], leaf(2));
+    code.0
+        .extend([0x31, 0xd2, 0x31, 0xc0, 0xf0, 0x48, 0x0f, 0xc7, 0x0f]);
+    code.look(1);
+    // The pages are tracked as before.
+    code.store(shared(8).0, leaf(3));
+    code.look(2);
+    code.end();
+    // Meanwhile another vCPU stores as well.
+    let mut other = Code::default();
+    for round in 0..50 {
+        other.store(shared(100).0, leaf(round));
+        other.look(10 + round as u32);
+    }
+    other.end();
+    let Some(mut bed) = Bed::new(name, vec![code, other]) else {
+        return;
+    };
+    bed.run(|bed, _, number| {
+        let found = |index| bed.space.find(shared(index).1);
+        let data = |page: u64| Some((DATA + page * 0x1000, true));
+        match number {
+            0 => assert_eq!(found(5), data(0)),
+            1 => assert_eq!((found(6), found(7)), (data(1), data(2))),
+            2 => assert_eq!(found(8), data(3)),
+            round => assert_eq!(found(100), data(u64::from(round) - 10)),
+        }
+    });
+    assert_eq!(bed.get(shared(7).0), leaf(2));
+}
+
+#[test]
+fn no_compare_exchange_of_two_vcpus_is_lost() {
+    const COUNT: u64 = 3000;
+    let (counter, _) = shared(7);
+    let code = || {
+        let mut code = Code::default();
+        code.increments(counter, COUNT);
+        code.end();
+        code
+    };
+    let name = "no_compare_exchange_of_two_vcpus_is_lost";
+    // On a busy machine the two may not meet at once.
+    for _ in 0..5 {
+        let Some(mut bed) = Bed::new(name, vec![code(), code()]) else {
+            return;
+        };
+        bed.run(|_, _, _| {});
+        assert_eq!(bed.get(counter), 2 * COUNT * 0x10);
+        let lost = bed.shadow.counters().lost_exchanges;
+        println!("{lost} exchanges came too late");
+        if lost > 0 {
+            break;
+        }
+    }
+}
+
+/// Both vCPUs map and unmap in one table, link and unlink tables of their own, and race for places to
+/// link a table at; a third thread flushes all the time.
+#[test]
+fn two_vcpus_map_and_unmap_in_the_same_tables_at_once() {
+    const ROUNDS: u64 = 60;
+    let code = |vcpu: u64| {
+        let mut code = Code::default();
+        for round in 0..ROUNDS {
+            let page = |n: u64| leaf((round * 16 + n) % 1024);
+            for index in 0..8 {
+                code.store(shared(vcpu * 8 + index).0, page(index));
+            }
+            // A table that is filled first, then linked, then written, and in the end unlinked.
+            let own = OWN + vcpu * 0x10_0000 + round * 0x2000;
+            code.store(own, page(9));
+            code.store(LEVEL_2 + (64 + vcpu) * 8, own | LINK);
+            code.store(own + 8, page(10));
+            // A race for a place.
+            let raced = own + 0x1000;
+            code.store(raced, page(11));
+            let result = RESULTS + vcpu * 0x1000 + round;
+            code.exchange(LEVEL_2 + (128 + round) * 8, 0, raced | LINK, result);
+            code.look(round as u32 * 2);
+            for index in 0..8 {
+                code.store(shared(vcpu * 8 + index).0, 0);
+            }
+            code.store(LEVEL_2 + (64 + vcpu) * 8, 0);
+            code.look(round as u32 * 2 + 1);
+        }
+        code.end();
+        code
+    };
+    let name = "two_vcpus_map_and_unmap_in_the_same_tables_at_once";
+    let Some(mut bed) = Bed::new(name, vec![code(0), code(1)]) else {
+        return;
+    };
+    let domain = bed.domain.clone();
+    let alive = Arc::new(());
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let alive = alive;
+        let watch = Arc::downgrade(&alive);
+        scope.spawn(move || {
+            while watch.strong_count() > 0 {
+                domain.flush_all();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        bed.run(|bed, vcpu, number| {
+            let (vcpu, round) = (vcpu as u64, u64::from(number) / 2);
+            let page = |n: u64| Some((DATA + ((round * 16 + n) % 1024) * 0x1000, true));
+            let shared = (0..8).map(|index| bed.space.find(shared(vcpu * 8 + index).1));
+            let own = (64 + vcpu) << 21;
+            if number % 2 == 0 {
+                assert!(shared.eq((0..8).map(page)), "round {round}");
+                assert_eq!(bed.space.find(own), page(9));
+                assert_eq!(bed.space.find(own + 0x1000), page(10));
+                let raced = bed.space.find((128 + round) << 21);
+                assert_eq!(raced, page(11), "one of the two has linked its table");
+            } else {
+                bed.domain.flush_all();
+                assert!(bed.space.find(own).is_none());
+                assert!(bed.space.find(own + 0x1000).is_none());
+                assert!({ shared }.all(|found| found.is_none()), "round {round}");
+            }
+        });
+        drop(alive);
+    });
+    let time = start.elapsed();
+    for round in 0..ROUNDS {
+        let byte = |vcpu: u64| bed.get(RESULTS + vcpu * 0x1000 + round) & 0xff;
+        assert_eq!(byte(0) + byte(1), 1, "round {round}: who has linked?");
+        let winner = if byte(0) == 1 { 0 } else { 1 };
+        let raced = OWN + winner * 0x10_0000 + round * 0x2000 + 0x1000;
+        assert_eq!(bed.get(LEVEL_2 + (128 + round) * 8), raced | LINK);
+    }
+    bed.domain.flush_all();
+    assert_eq!(
+        bed.space.ranges().len() as u64,
+        ROUNDS,
+        "the raced tables' leaves"
+    );
+    let counters = bed.shadow.counters();
+    println!("{time:?}, {counters:?}");
+    assert_eq!(counters.blocked, 0);
+}
