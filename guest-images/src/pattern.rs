@@ -8,6 +8,9 @@
 #![forbid(unsafe_code)]
 
 use crate::scenario::PciAddress;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
 
 /// Marks a labelled disk: the first eight bytes, little-endian.
 const MAGIC: u64 = 0x3153_4944_4943_5056;
@@ -70,6 +73,52 @@ impl Pattern {
             _ => mix(self.seed ^ index),
         })
     }
+}
+
+/// Bytes of a file that are made or checked at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Makes a file of `size` bytes with a disk's contents.
+///
+/// # Errors
+/// Those of the file.
+///
+/// # Panics
+/// If `size` is no multiple of 1 MiB.
+pub fn make_file(path: &Path, pattern: Pattern, size: u64) -> io::Result<()> {
+    assert!(size.is_multiple_of(CHUNK as u64), "whole pieces only");
+    let mut file = File::create(path)?;
+    let mut buffer = vec![0; CHUNK];
+    for offset in (0..size).step_by(CHUNK) {
+        pattern.fill(offset, &mut buffer);
+        file.write_all(&buffer)?;
+    }
+    Ok(())
+}
+
+/// Checks that the whole of a file has a disk's contents, and gives the checksum of its first
+/// `size` bytes.
+///
+/// # Errors
+/// Those of the file, and `InvalidData` with the offset of the first wrong place.
+pub fn check_file(path: &Path, pattern: Pattern, size: u64) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut buffer = vec![0; CHUNK];
+    let mut checksum = Checksum::default();
+    for offset in (0..length).step_by(CHUNK) {
+        let buffer = &mut buffer[..CHUNK.min((length - offset) as usize)];
+        file.read_exact(buffer)?;
+        if let Some(wrong) = pattern.mismatch(offset, buffer) {
+            let at = offset + wrong as u64;
+            let text = format!("wrong contents at {at:#x}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        if offset < size {
+            checksum.add(buffer);
+        }
+    }
+    Ok(checksum.hex())
 }
 
 /// Generation that the label at the start of a disk names; `None` where there is no label.
@@ -169,5 +218,20 @@ mod tests {
         two.add(&[2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_ne!(one.hex(), two.hex());
         assert_eq!(one.hex().len(), 16);
+    }
+
+    #[test]
+    fn a_file_holds_what_the_check_expects_and_a_wrong_byte_is_found() {
+        let path = std::env::temp_dir().join(format!("vpci-disk-{}", std::process::id()));
+        let address: PciAddress = "1234:00:00.0".parse().unwrap();
+        make_file(&path, Pattern::new(address, 0), 2 << 20).unwrap();
+        check_file(&path, Pattern::new(address, 0), 2 << 20).unwrap();
+        assert!(check_file(&path, Pattern::new(address, 1), 2 << 20).is_err());
+        let mut data = std::fs::read(&path).unwrap();
+        data[0x10_0010] ^= 1;
+        std::fs::write(&path, data).unwrap();
+        let error = check_file(&path, Pattern::new(address, 0), 2 << 20).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.to_string().contains("0x100010"));
     }
 }

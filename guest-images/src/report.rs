@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 pub const REPORT_PREFIX: &str = "VPCI-REPORT ";
 /// First word of the line by which a guest asks for something from outside.
 pub const EVENT_PREFIX: &str = "VPCI-EVENT ";
+/// Word of the event by which a guest asks for the interrupts of host devices to be counted; the
+/// number of a mark follows.
+pub const COUNT_EVENT: &str = "count";
 /// First word of the line that carries a scenario's verdict.
 pub const VERDICT_PREFIX: &str = "VPCI-VERDICT ";
 /// First word of a line that says why a role gave up.
@@ -40,10 +43,14 @@ pub struct GuestReport {
     pub uptime_s: f64,
     /// Every PCI function found, in the order of their addresses.
     pub functions: Vec<PciFunctionReport>,
-    /// One entry a virtio-blk disk.
+    /// One entry a virtio-blk disk or an NVMe namespace.
     pub disks: Vec<DiskReport>,
     /// One entry a virtio-rng function.
     pub rngs: Vec<RngReport>,
+    /// One entry a network controller.
+    pub nets: Vec<NetReport>,
+    /// One entry an educational device.
+    pub edus: Vec<EduReport>,
     /// Spans between two marks, during which interrupts were counted.
     pub phases: Vec<Phase>,
     /// Traffic under load while interrupts moved.
@@ -84,7 +91,7 @@ pub struct PciFunctionReport {
     pub driver: Option<String>,
     /// The driver bound to the virtio device below it.
     pub virtio_driver: Option<String>,
-    /// MSI-X vectors that the driver has enabled.
+    /// MSI or MSI-X vectors that the driver has enabled.
     pub msix_vectors: u32,
     /// Instance GUID of the VMBus device that the root bus belongs to.
     pub vmbus_device: Option<String>,
@@ -143,11 +150,70 @@ pub struct MoveReport {
     pub cpu: u32,
     /// CPU the kernel reports as effective afterwards.
     pub effective: Option<u32>,
-    /// Reads completed after the move until the new CPU had counted an interrupt.
-    pub reads: u32,
+    /// Requests completed after the move until the new CPU had counted an interrupt.
+    pub requests: u32,
     /// Interrupts counted on the new CPU by then.
     pub on_new_cpu: u64,
 }
+
+/// What happened on one network controller. A request is a frame that the other end answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetReport {
+    /// PCI function behind it.
+    pub address: PciAddress,
+    /// Name of the interface.
+    pub name: String,
+    /// Answers received to as many frames sent.
+    pub answers: u64,
+    /// Longest wait for an answer in microseconds.
+    pub max_latency_us: u64,
+    /// Moves of the interrupts of the receive and transmit queues, in order.
+    pub moves: Vec<NetMoves>,
+    /// Moves done while frames went on from another thread, and their answers.
+    pub storm_moves: u32,
+    /// Answers received meanwhile.
+    pub storm_answers: u64,
+}
+
+/// Moves of one vector of a network controller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetMoves {
+    /// Index in the MSI-X table.
+    pub index: u32,
+    /// Every move, in order.
+    pub moves: Vec<MoveReport>,
+}
+
+/// What happened on one of QEMU's educational devices, driven by user space of the guest. Its DMA
+/// is among the guest's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EduReport {
+    /// PCI function of the device.
+    pub address: PciAddress,
+    /// Its identification register.
+    pub id: u32,
+    /// Whether its liveness register held the complement of what was stored.
+    pub alive: bool,
+    /// What it computed as the factorial of [`EDU_FACTORIAL_OF`].
+    pub factorial: u32,
+    /// Jobs that were to end in an interrupt.
+    pub jobs: u64,
+    /// Interrupts that came of them.
+    pub interrupts: u64,
+    /// Longest wait for one in microseconds.
+    pub max_latency_us: u64,
+    /// Moves of its interrupt, in order.
+    pub moves: Vec<MoveReport>,
+}
+
+/// Copies that an educational device makes.
+pub const EDU_COPIES: usize = 3;
+
+/// The number whose factorial an educational device computes.
+pub const EDU_FACTORIAL_OF: u32 = 10;
 
 /// A span between two marks, with nothing in flight at either.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -177,7 +243,7 @@ pub struct Phase {
 pub enum Work {
     /// Requests one at a time: each must show as exactly one interrupt.
     OneOutstanding,
-    /// Entropy reads while the interrupt moves; one buffer is outstanding at any time.
+    /// Requests one at a time while interrupts move.
     Moves,
     /// One capacity change.
     Grow,
@@ -261,7 +327,8 @@ pub struct RebindReport {
     pub verified: u64,
 }
 
-/// One job of a test device.
+/// One job of a test device or an educational device. The latter knows nothing of faults: of its
+/// results only the address and what memory holds are to be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DmaReport {

@@ -159,6 +159,11 @@ impl Mode {
         self == Mode::Rebind || self.is_controlled()
     }
 
+    /// Whether educational devices are made to reach for memory that is not theirs.
+    pub fn strays(self) -> bool {
+        matches!(self, Mode::Full | Mode::Dma | Mode::VfioUser)
+    }
+
     /// Whether the guest asks for buses to be plugged in and taken away.
     pub fn is_controlled(self) -> bool {
         matches!(
@@ -241,6 +246,10 @@ impl Run {
                 .iter()
                 .any(|function| matches!(function, Function::Blk { grow_mib: 1.., .. })),
             marks: true,
+            counted: self
+                .functions
+                .iter()
+                .any(|function| matches!(function, Function::Vfio { .. })),
         }
     }
 
@@ -343,6 +352,7 @@ mod tests {
                     address: "0000:00:11.0".parse().unwrap(),
                     kind: Kind::Nvme,
                     size_mib: 64,
+                    strays: true,
                 }],
             },
             time_limit_s: 300,
@@ -366,7 +376,7 @@ mod tests {
         let params: GuestParams = run.guest_cmdline().parse().unwrap();
         assert_eq!(params, run.guest_params());
         assert_eq!(params.time_limit_s, 105);
-        assert!(params.grow);
+        assert!(params.grow && params.counted);
     }
 
     #[test]

@@ -125,6 +125,7 @@ impl Role {
                 "virtio_rng",
                 "nvme",
                 "e1000e",
+                "vfio_pci",
             ],
         }
     }

@@ -3,10 +3,11 @@
 #![forbid(unsafe_code)]
 
 use super::devices::addresses;
-use super::queues_used;
+use super::{Counted, Evidence, queues_used};
 use crate::host::HostReport;
 use crate::report::{GuestReport, Phase, Work};
 use crate::scenario::{Function, Kind, Mode, PciAddress, Run};
+use std::collections::BTreeSet;
 
 /// Every queue vector interrupted, and the configuration vector of a disk that grew.
 pub(super) fn vectors(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
@@ -52,14 +53,15 @@ pub(super) fn phases(run: &Run, guest: &GuestReport, failures: &mut Vec<String>)
             .iter()
             .any(|phase| phase.address == address && phase.work == work && phase.cpu == cpu)
     };
-    for address in addresses(run, Kind::Blk) {
+    for address in addresses(run, Kind::Blk).chain(addresses(run, Kind::Nvme)) {
         for cpu in 0..run.cpus {
             if !has(address, Work::OneOutstanding, Some(cpu)) {
                 failures.push(format!("{address}: no counted requests from CPU {cpu}"));
             }
         }
     }
-    for address in addresses(run, Kind::Rng) {
+    let moved = [Kind::Rng, Kind::E1000e, Kind::Edu].map(|kind| addresses(run, kind));
+    for address in moved.into_iter().flatten() {
         if !has(address, Work::Moves, None) {
             failures.push(format!("{address}: no counted moves"));
         }
@@ -94,13 +96,17 @@ fn one_phase(run: &Run, phase: &Phase, failures: &mut Vec<String>) {
                 phase.requests
             ));
         }
-        Work::Moves if queue == 0 => fail("no interrupts".into()),
+        Work::Moves if config + queue == 0 => fail("no interrupts".into()),
         Work::Grow | Work::OneOutstanding | Work::Moves => {}
     }
     // With a queue for each CPU, requests of a CPU complete on that CPU.
     let queue_per_cpu = run.functions.iter().any(|function| {
-        function.address() == phase.address
-            && matches!(function, Function::Blk { queues, .. } if u32::from(*queues) >= run.cpus)
+        let per_cpu = match function {
+            Function::Blk { queues, .. } => u32::from(*queues) >= run.cpus,
+            Function::Vfio { guest, .. } => *guest == Kind::Nvme,
+            _ => false,
+        };
+        function.address() == phase.address && per_cpu
     });
     let Some(cpu) = phase.cpu.filter(|_| queue_per_cpu) else {
         return;
@@ -115,11 +121,18 @@ fn one_phase(run: &Run, phase: &Phase, failures: &mut Vec<String>) {
     }
 }
 
-/// In every phase the guest counted as many interrupts on each vector as the host raised.
-pub(super) fn exact(run: &Run, guest: &GuestReport, host: &HostReport, failures: &mut Vec<String>) {
+/// In every phase the guest counted as many interrupts on each vector as the host raised: as the
+/// VMM says of its own devices, and L1's kernel of its.
+pub(super) fn exact(
+    evidence: &Evidence<'_>,
+    guest: &GuestReport,
+    host: &HostReport,
+    failures: &mut Vec<String>,
+) {
     for phase in &guest.phases {
         let mut fail = |what: String| failures.push(format!("{}: {what}", phase.name));
-        let function = run
+        let function = evidence
+            .run
             .functions
             .iter()
             .find(|function| function.address() == phase.address);
@@ -127,6 +140,10 @@ pub(super) fn exact(run: &Run, guest: &GuestReport, host: &HostReport, failures:
             fail("of a function that nobody asked for".into());
             continue;
         };
+        if let Function::Vfio { host, .. } = function {
+            host_device(evidence, phase, *host, &mut fail);
+            continue;
+        }
         let (Some(begin), Some(end)) = (host.mark(phase.begin), host.mark(phase.end)) else {
             fail(format!("host lacks mark {} or {}", phase.begin, phase.end));
             continue;
@@ -173,6 +190,41 @@ pub(super) fn exact(run: &Run, guest: &GuestReport, host: &HostReport, failures:
             {
                 fail(format!("vector {}: unknown to the host", counted.index));
             }
+        }
+    }
+}
+
+/// As [`exact`], for a device of L1.
+fn host_device(
+    evidence: &Evidence<'_>,
+    phase: &Phase,
+    host: PciAddress,
+    fail: &mut impl FnMut(String),
+) {
+    let at = |mark: u8| {
+        let mut all = evidence.counted.iter().rev();
+        all.find(|counted| counted.mark == mark && counted.host == host)
+    };
+    let (Some(begin), Some(end)) = (at(phase.begin), at(phase.end)) else {
+        let (begin, end) = (phase.begin, phase.end);
+        fail(format!("no count of {host} at mark {begin} or {end}"));
+        return;
+    };
+    let counted = |index: u32| -> u64 {
+        let vectors = phase.vectors.iter().filter(|vector| vector.index == index);
+        vectors.map(|vector| vector.total()).sum()
+    };
+    let known = phase.vectors.iter().map(|vector| vector.index);
+    let indices: BTreeSet<u32> = end.vectors.keys().copied().chain(known).collect();
+    for index in indices {
+        let raised = |counted: &Counted| counted.vectors.get(&index).copied().unwrap_or(0);
+        match raised(end).checked_sub(raised(begin)) {
+            None => fail(format!("vector {index}: count of {host} fell")),
+            Some(raised) if raised != counted(index) => fail(format!(
+                "vector {index}: {host} raised {raised}, guest counted {}",
+                counted(index)
+            )),
+            Some(_) => {}
         }
     }
 }

@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 use crate::host::{HostMark, HostReport};
-use crate::report::{DMA_FAULT, DmaOwner, DmaReport, DmaResult, DmaTest, GuestReport, MapReport};
+use crate::report::{
+    DMA_FAULT, DmaOwner, DmaReport, DmaResult, DmaTest, EDU_COPIES, GuestReport, MapReport,
+};
 use crate::scenario::{Domain, Function, Kind, Mode, Run, VFIO_CYCLES};
 
 /// Exits to the VMM in a second of a guest that has nothing to do with devices: marks, console
@@ -53,6 +55,38 @@ pub(super) fn dma(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
             }
             if seen != times {
                 fail(format!("{seen} times in the report, not {times}"));
+            }
+        }
+    }
+}
+
+/// Each educational device moved what it was told to move, and nothing else.
+pub(super) fn edu_dma(run: &Run, guest: &GuestReport, failures: &mut Vec<String>) {
+    let translated = run.domain.is_some_and(Domain::translates);
+    let edus = run.functions.iter().filter(|f| f.kind() == Kind::Edu);
+    for function in edus {
+        let address = function.address();
+        let mut asked = vec![(DmaTest::Copy, EDU_COPIES)];
+        if run.mode.strays() {
+            asked.extend([(DmaTest::StrayWrite, 1), (DmaTest::StrayRead, 1)]);
+            if translated && function.iommu() {
+                asked.extend([(DmaTest::ReadOnly, 1), (DmaTest::Stale, 1)]);
+            }
+        }
+        for (test, times) in asked {
+            let mut fail =
+                |what: String| failures.push(format!("{address}: dma: {}: {what}", test.as_str()));
+            let all = reports(guest, function);
+            let of_test: Vec<_> = all.filter(|report| report.test == test).collect();
+            let seen = of_test.len();
+            if seen != times {
+                fail(format!("{seen} times in the report, not {times}"));
+            }
+            for report in of_test.iter().filter(|report| !report.result.intact) {
+                let iova = report.result.iova;
+                fail(format!(
+                    "memory is not as it must be after DMA at {iova:#x}"
+                ));
             }
         }
     }
@@ -167,7 +201,9 @@ pub(super) fn faults(
     host: &HostReport,
     failures: &mut Vec<String>,
 ) {
-    for function in &run.functions {
+    // What the IOMMU of L1 refuses, the VMM does not hear of.
+    let own = run.functions.iter().filter(|f| f.host_kind() != Kind::Vfio);
+    for function in own {
         let faulted = |report: &&DmaReport| report.result.error == DMA_FAULT;
         let intended = reports(guest, function).filter(faulted).count() as u64;
         let (bus, number) = (function.bus(), function.number());

@@ -8,6 +8,7 @@
 mod devices;
 mod interrupts;
 mod iommu;
+mod l1;
 mod log;
 #[cfg(test)]
 mod tests;
@@ -15,9 +16,10 @@ mod tests;
 use crate::allow::AllowList;
 use crate::host::{HOST_REPORT_VERSION, HostReport};
 use crate::report::{GuestReport, REPORT_VERSION};
-use crate::scenario::{Mode, PciAddress, Run};
+use crate::scenario::{Function, Kind, Mode, PciAddress, Run};
 use std::collections::BTreeMap;
 
+pub use l1::host_log;
 pub use log::telltale;
 
 /// Longest that any request may take, in microseconds.
@@ -33,6 +35,17 @@ pub struct DiskAfter {
     pub contents: Result<String, String>,
 }
 
+/// Interrupts of a host device that L1's kernel had counted at a mark.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// Number of the mark.
+    pub mark: u8,
+    /// The device's address in L1.
+    pub host: PciAddress,
+    /// Interrupts per vector; without those that nobody listens to.
+    pub vectors: BTreeMap<u32, u64>,
+}
+
 /// Everything known about a run.
 #[derive(Clone, Debug)]
 pub struct Evidence<'a> {
@@ -46,6 +59,8 @@ pub struct Evidence<'a> {
     pub host: Result<HostReport, String>,
     /// Backing files after the run.
     pub disks: Vec<DiskAfter>,
+    /// What L1 counted of host devices at the guest's marks, oldest first.
+    pub counted: Vec<Counted>,
     /// Kernel log lines that may appear.
     pub allow: &'a AllowList,
 }
@@ -64,6 +79,8 @@ pub fn failures(evidence: &Evidence<'_>) -> Vec<String> {
             devices::functions(evidence.run, guest, &mut failures);
             devices::disks(evidence, guest, &mut failures);
             devices::rngs(evidence.run, guest, &mut failures);
+            devices::nets(evidence.run, guest, &mut failures);
+            devices::edus(evidence.run, guest, &mut failures);
             devices::loads(evidence.run, guest, &mut failures);
             devices::grows(evidence.run, guest, &mut failures);
             devices::rebinds(evidence.run, guest, &mut failures);
@@ -71,8 +88,9 @@ pub fn failures(evidence: &Evidence<'_>) -> Vec<String> {
             interrupts::phases(evidence.run, guest, &mut failures);
             iommu::domains(evidence.run, guest, &mut failures);
             iommu::dma(evidence.run, guest, &mut failures);
+            iommu::edu_dma(evidence.run, guest, &mut failures);
             if let Ok(host) = &evidence.host {
-                interrupts::exact(evidence.run, guest, host, &mut failures);
+                interrupts::exact(evidence, guest, host, &mut failures);
                 iommu::faults(evidence.run, guest, host, &mut failures);
                 iommu::maps(evidence.run, guest, host, &mut failures);
             }
@@ -166,14 +184,10 @@ fn resets(run: &Run) -> u32 {
 fn writable_disks(run: &Run) -> usize {
     run.functions
         .iter()
-        .filter(|function| {
-            matches!(
-                function,
-                crate::scenario::Function::Blk {
-                    readonly: false,
-                    ..
-                }
-            )
+        .filter(|function| match function {
+            Function::Blk { readonly, .. } => !readonly,
+            Function::Vfio { guest, .. } => *guest == Kind::Nvme,
+            Function::Rng { .. } | Function::Testdev { .. } => false,
         })
         .count()
 }
@@ -199,6 +213,8 @@ pub fn metrics(evidence: &Evidence<'_>) -> BTreeMap<String, f64> {
     if let Ok(guest) = &evidence.guest {
         let latencies = (guest.disks.iter().map(|disk| disk.max_latency_us))
             .chain(guest.rngs.iter().map(|rng| rng.max_latency_us))
+            .chain(guest.nets.iter().map(|net| net.max_latency_us))
+            .chain(guest.edus.iter().map(|edu| edu.max_latency_us))
             .chain(guest.loads.iter().map(|load| load.max_latency_us));
         put("boot", f64::from(guest.boot));
         put("guest_uptime_s", guest.uptime_s);

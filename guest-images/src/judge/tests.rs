@@ -1,6 +1,7 @@
 //! Each rule is broken once, on evidence that passes otherwise.
 
 mod iommu;
+mod passthrough;
 
 use super::*;
 use crate::allow::AllowList;
@@ -196,11 +197,13 @@ fn guest(mode: Mode) -> GuestReport {
                 .map(|cpu| MoveReport {
                     cpu,
                     effective: Some(cpu),
-                    reads: 2,
+                    requests: 2,
                     on_new_cpu: 1,
                 })
                 .collect(),
         }],
+        nets: vec![],
+        edus: vec![],
         phases: vec![
             phase(Work::OneOutstanding, BLK, Some(0), 1),
             phase(Work::OneOutstanding, BLK, Some(1), 3),
@@ -373,6 +376,7 @@ struct Case {
     guest: GuestReport,
     host: HostReport,
     disks: Vec<DiskAfter>,
+    counted: Vec<Counted>,
 }
 
 fn case(mode: Mode) -> Case {
@@ -384,6 +388,7 @@ fn case(mode: Mode) -> Case {
             address: at(BLK),
             contents: Ok("0123456789abcdef".into()),
         }],
+        counted: vec![],
     }
 }
 
@@ -398,6 +403,7 @@ fn judge(case: Case) -> Vec<String> {
         guest: Ok(case.guest),
         host: Ok(case.host),
         disks: case.disks,
+        counted: case.counted,
         allow: &allow,
     })
 }
@@ -405,7 +411,11 @@ fn judge(case: Case) -> Vec<String> {
 /// Changes good evidence and expects exactly one kind of failure, with `word` in it.
 #[track_caller]
 fn breaks(mode: Mode, word: &str, change: impl FnOnce(&mut Case)) {
-    let mut case = case(mode);
+    breaks_case(case(mode), word, change);
+}
+
+#[track_caller]
+fn breaks_case(mut case: Case, word: &str, change: impl FnOnce(&mut Case)) {
     change(&mut case);
     let failures = judge(case);
     assert!(!failures.is_empty(), "passed without {word:?}");
@@ -444,6 +454,7 @@ fn a_missing_report_of_either_side_fails() {
         guest: Err("none was printed".into()),
         host: Err("no such file".into()),
         disks: vec![],
+        counted: vec![],
         allow: &allow,
     };
     let lines = failures(&evidence);
@@ -566,7 +577,7 @@ fn entropy_interrupts_must_follow_every_move() {
         c.guest.rngs[0].moves[1].on_new_cpu = 0
     });
     breaks(full, "move 0: no interrupt", |c| {
-        c.guest.rngs[0].moves[0].reads = 0
+        c.guest.rngs[0].moves[0].requests = 0
     });
     breaks(full, "move 1: CPU 1 is", |c| {
         c.guest.rngs[0].moves[1].effective = Some(0)
@@ -654,7 +665,7 @@ fn buses_that_come_and_go_must_be_those_of_the_mode() {
         c.guest.loads.clear()
     });
     breaks(Mode::Surprise, "1 times in the report, not 2", |c| {
-        drop(c.guest.dma.pop())
+        c.guest.dma.pop();
     });
 }
 
@@ -852,6 +863,7 @@ fn metrics_come_from_both_sides() {
         guest: Ok(case.guest),
         host: Ok(case.host),
         disks: case.disks,
+        counted: case.counted,
         allow: &allow,
     });
     assert_eq!(metrics["max_latency_us"], 9000.0);

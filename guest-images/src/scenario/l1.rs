@@ -30,4 +30,8 @@ pub struct HostDevice {
     /// Size of an NVMe namespace in MiB; 0 for anything else.
     #[serde(default)]
     pub size_mib: u32,
+    /// Whether a guest has it reach for memory that is not the guest's. The IOMMU must then refuse
+    /// it at least once; and never otherwise.
+    #[serde(default)]
+    pub strays: bool,
 }

@@ -22,8 +22,9 @@ pub struct Expected {
 /// What the guest role reads from its kernel command line.
 ///
 /// Keys: `vpci.role=guest`, `vpci.mode`, `vpci.repeat`, `vpci.limit` (seconds), `vpci.expect`
-/// (a comma-separated list of `ADDRESS=KIND`), `vpci.swap` (the same, absent when empty), `vpci.grow` (0 or 1) and `vpci.marks` (0 where no
-/// VMM listens to the mark port).
+/// (a comma-separated list of `ADDRESS=KIND`), `vpci.swap` (the same, absent when empty),
+/// `vpci.grow` (0 or 1), `vpci.marks` (0 where no VMM listens to the mark port) and `vpci.counted`
+/// (0 or 1).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestParams {
     /// What to do.
@@ -40,6 +41,8 @@ pub struct GuestParams {
     pub grow: bool,
     /// Whether to write marks to the mark port.
     pub marks: bool,
+    /// Whether the rig counts the interrupts of host devices at each mark.
+    pub counted: bool,
 }
 
 impl fmt::Display for GuestParams {
@@ -47,12 +50,13 @@ impl fmt::Display for GuestParams {
         write!(
             f,
             "vpci.role=guest vpci.mode={} vpci.repeat={} vpci.limit={} vpci.grow={} vpci.marks={} \
-             vpci.expect=",
+             vpci.counted={} vpci.expect=",
             self.mode.as_str(),
             self.repeat,
             self.time_limit_s,
             u8::from(self.grow),
             u8::from(self.marks),
+            u8::from(self.counted),
         )?;
         list(f, &self.expect)?;
         if !self.swap.is_empty() {
@@ -110,6 +114,7 @@ impl FromStr for GuestParams {
             swap: expected("vpci.swap")?,
             grow: number("vpci.grow", 0)? != 0,
             marks: number("vpci.marks", 1)? != 0,
+            counted: number("vpci.counted", 0)? != 0,
         })
     }
 }

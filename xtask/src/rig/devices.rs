@@ -5,9 +5,14 @@
 use crate::failure::Failure;
 use anyhow::Context;
 use anyhow::Result;
+use guest_images::pattern;
+use guest_images::pattern::Pattern;
+use guest_images::scenario::Function;
 use guest_images::scenario::HostDevice;
 use guest_images::scenario::Kind;
+use guest_images::scenario::Mode;
 use guest_images::scenario::PciAddress;
+use guest_images::scenario::Run;
 use std::fs::File;
 use std::path::Path;
 use std::path::PathBuf;
@@ -62,6 +67,7 @@ fn device((_, kind, bus, number): (&str, Kind, u8, u8)) -> HostDevice {
         },
         kind,
         size_mib: if kind == Kind::Nvme { NVME_MIB } else { 0 },
+        strays: false,
     }
 }
 
@@ -71,15 +77,61 @@ pub(crate) fn backing_file(folder: &Path, device: &HostDevice) -> PathBuf {
     folder.join(format!("nvme-{address}.img"))
 }
 
-/// Makes the files behind NVMe namespaces, full of zeroes.
-pub(crate) fn make_backing_files(folder: &Path, devices: &[HostDevice]) -> Result<()> {
+/// Makes the files behind NVMe namespaces, with what the guest that gets one must find in it; full
+/// of zeroes where none does.
+pub(crate) fn make_backing_files(
+    folder: &Path,
+    devices: &[HostDevice],
+    runs: &[Run],
+) -> Result<()> {
     for device in devices.iter().filter(|device| device.kind == Kind::Nvme) {
         let path = backing_file(folder, device);
-        File::create(&path)
-            .and_then(|file| file.set_len(u64::from(device.size_mib) << 20))
-            .with_context(|| path.display().to_string())?;
+        let size = u64::from(device.size_mib) << 20;
+        match user(device, runs) {
+            Some((_, function)) => {
+                let pattern = Pattern::new(function.address(), 0);
+                pattern::make_file(&path, pattern, size)
+            }
+            None => File::create(&path).and_then(|file| file.set_len(size)),
+        }
+        .with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+/// What is wrong with the files behind NVMe namespaces after runs that passed.
+pub(crate) fn check_backing_files(
+    folder: &Path,
+    devices: &[HostDevice],
+    runs: &[Run],
+) -> Vec<String> {
+    let mut failures = Vec::new();
+    for device in devices.iter().filter(|device| device.kind == Kind::Nvme) {
+        let Some((run, function)) = user(device, runs) else {
+            continue;
+        };
+        // Each boot of the guest writes a generation.
+        let boots = match run.mode {
+            Mode::Reboot => u64::from(run.repeat) + 1,
+            _ => 1,
+        };
+        let path = backing_file(folder, device);
+        let pattern = Pattern::new(function.address(), boots);
+        if let Err(error) = pattern::check_file(&path, pattern, 0) {
+            failures.push(format!("namespace of {}: {error}", device.address));
+        }
+    }
+    failures
+}
+
+/// The run that passes a device through, and the function that it is.
+fn user<'a>(device: &HostDevice, runs: &'a [Run]) -> Option<(&'a Run, &'a Function)> {
+    let is_it = |function: &&Function| match function {
+        Function::Vfio { host, .. } => *host == device.address,
+        _ => false,
+    };
+    let mut runs = runs.iter();
+    runs.find_map(|run| Some((run, run.functions.iter().find(is_it)?)))
 }
 
 /// QEMU's options for the devices; none for none. `folder` has the files behind them.
@@ -123,7 +175,11 @@ pub(crate) fn options(folder: &Path, devices: &[HostDevice]) -> Vec<String> {
                 format!("virtio-rng-pci,disable-legacy=on,iommu_platform=on,{place}"),
             ),
             Kind::E1000e => {
-                add("-netdev", format!("user,id=net{index},restrict=on"));
+                // Nothing comes from this network that is not an answer.
+                add(
+                    "-netdev",
+                    format!("user,id=net{index},restrict=on,ipv6=off"),
+                );
                 add("-device", format!("e1000e,netdev=net{index},{place}"));
             }
             // Its own limit of 28 address bits would hide what it is told wrongly.
@@ -178,7 +234,7 @@ mod tests {
             "-drive if=none,id=disk1,format=raw,file=/x,,y/nvme-0000-00-11.0.img",
             "-device nvme,serial=vpci-1,drive=disk1,bus=pcie.0,addr=0x11",
             "-device virtio-rng-pci,disable-legacy=on,iommu_platform=on,bus=pcie.0,addr=0x12",
-            "-netdev user,id=net3,restrict=on -device e1000e,netdev=net3,bus=pcie.0,addr=0x13",
+            "-netdev user,id=net3,restrict=on,ipv6=off -device e1000e,netdev=net3,bus=pcie.0,addr=0x13",
             "-device edu,dma_mask=0xffffffffffffffff,bus=bridge,addr=0x2",
         ] {
             assert!(line.contains(part), "{line}");
@@ -191,12 +247,28 @@ mod tests {
     fn a_backing_file_has_the_size_of_its_namespace() {
         let folder = tempfile::tempdir().unwrap();
         let devices = parse("all").unwrap();
-        make_backing_files(folder.path(), &devices).unwrap();
+        make_backing_files(folder.path(), &devices, &[]).unwrap();
         let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
         assert_eq!(files.len(), 1);
-        let length = std::fs::metadata(backing_file(folder.path(), &devices[1]))
-            .unwrap()
-            .len();
+        let file = backing_file(folder.path(), &devices[1]);
+        let length = std::fs::metadata(file).unwrap().len();
         assert_eq!(length, u64::from(NVME_MIB) << 20);
+        assert!(check_backing_files(folder.path(), &devices, &[]).is_empty());
+    }
+
+    #[test]
+    fn a_backing_file_holds_what_its_guest_finds_and_what_that_wrote() {
+        let folder = tempfile::tempdir().unwrap();
+        let scenario = super::super::scenarios::select(&["vfio-nvme".into()]).unwrap();
+        let (devices, runs) = (&scenario[0].l1.devices, &scenario[0].runs);
+        make_backing_files(folder.path(), devices, runs).unwrap();
+        let failures = check_backing_files(folder.path(), devices, runs);
+        assert!(failures[0].contains("wrong contents"), "{failures:?}");
+        let pattern = Pattern::new(runs[0].functions[0].address(), 1);
+        let file = backing_file(folder.path(), &devices[0]);
+        pattern::make_file(&file, pattern, u64::from(NVME_MIB) << 20).unwrap();
+        assert!(check_backing_files(folder.path(), devices, runs).is_empty());
+        std::fs::remove_file(file).unwrap();
+        assert_eq!(check_backing_files(folder.path(), devices, runs).len(), 1);
     }
 }

@@ -396,7 +396,7 @@ impl Prepared {
         let image = images::pack(&self.cache, kernel, Role::Rig, init)?;
         let name = &scenario.name;
         eprintln!("{name}: booting L1 ({})", kernel.release);
-        devices::make_backing_files(&work.folder, &scenario.l1.devices)?;
+        devices::make_backing_files(&work.folder, &scenario.l1.devices, &scenario.runs)?;
         let setup = Setup {
             emulator: &self.emulator,
             image: &image,
@@ -422,7 +422,13 @@ impl Prepared {
         let seconds = machine.elapsed().as_secs_f64();
         drop(machine);
         let log = work.folder.join("serial.log");
-        Ok(Outcome::new(&scenario, end, seconds, &log))
+        let mut outcome = Outcome::new(&scenario, end, seconds, &log);
+        if outcome.pass {
+            let (devices, runs) = (&scenario.l1.devices, &scenario.runs);
+            let failures = devices::check_backing_files(&work.folder, devices, runs);
+            outcome.fail(failures);
+        }
+        Ok(outcome)
     }
 }
 

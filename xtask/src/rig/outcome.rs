@@ -61,6 +61,12 @@ impl Outcome {
             interrupted,
         }
     }
+
+    /// Adds what was found after L1's end; any failure makes the scenario fail.
+    pub(crate) fn fail(&mut self, failures: Vec<String>) {
+        self.pass &= failures.is_empty();
+        self.failures.extend(failures);
+    }
 }
 
 /// How a verdict does not fit the scenario that was asked for.
@@ -174,6 +180,16 @@ mod tests {
         let outcome = outcome(End::Found(Ok(verdict(&[("1-cpu", true), ("2-cpu", true)]))));
         assert!(outcome.pass);
         assert!(table(&[outcome]).starts_with("linux-7             pass     30.0 s\n"));
+    }
+
+    #[test]
+    fn what_is_found_after_the_end_fails_a_scenario_that_passed() {
+        let mut outcome = outcome(End::Found(Ok(verdict(&[("1-cpu", true), ("2-cpu", true)]))));
+        outcome.fail(Vec::new());
+        assert!(outcome.pass);
+        outcome.fail(vec!["wrong contents".into()]);
+        assert!(!outcome.pass);
+        assert!(table(&[outcome]).contains("wrong contents"));
     }
 
     #[test]

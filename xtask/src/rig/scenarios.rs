@@ -1,10 +1,13 @@
 //! The rig's scenarios, as data.
 #![forbid(unsafe_code)]
 
+use super::devices;
 use crate::failure::Failure;
 use crate::kernel;
 use guest_images::scenario::Domain;
 use guest_images::scenario::Function;
+use guest_images::scenario::HostDevice;
+use guest_images::scenario::Kind;
 use guest_images::scenario::L1;
 use guest_images::scenario::Mode;
 use guest_images::scenario::Run;
@@ -27,6 +30,7 @@ const NESTED_MOCK_LIMIT_S: u64 = 60;
 const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
 const BUS_B: &str = "6c3a5f2e-2b3c-4c3d-8e4f-5a6b7c8d9e02";
 const BUS_C: &str = "6c3a5f2e-3c4d-4c3d-8e4f-5a6b7c8d9e03";
+const BUS_D: &str = "6c3a5f2e-4d5e-4c3d-8e4f-5a6b7c8d9e04";
 
 /// A scenario and when it runs.
 #[derive(Debug)]
@@ -93,6 +97,27 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(multifunction("linux-7")),
         optional(kexec("linux-7")),
         optional(snapshot("linux-7")),
+        optional(passthrough(
+            "vfio-nvme",
+            "the guest's own NVMe driver",
+            &["nvme"],
+        )),
+        optional(passthrough(
+            "vfio-e1000e",
+            "the guest's own network driver",
+            &["e1000e"],
+        )),
+        optional(passthrough(
+            "vfio-rng",
+            "the guest's own virtio driver",
+            &["rng"],
+        )),
+        optional(passthrough(
+            "vfio-edu",
+            "user space of the guest, which makes it stray",
+            &["edu"],
+        )),
+        optional(vfio_iommufd()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -314,6 +339,55 @@ fn translated(cpus: u32, mode: Mode, domain: Domain) -> Run {
         domain: Some(domain),
         ..run(kernel::BUILT.name, cpus, mode)
     }
+}
+
+/// Devices of L1 passed through by VFIO's type 1 interface.
+fn passthrough(name: &str, user: &str, words: &[&str]) -> Scenario {
+    let l1 = L1 {
+        kernel: None,
+        devices: words.iter().filter_map(|word| host_device(word)).collect(),
+    };
+    let functions = passed_through(&l1.devices);
+    Scenario {
+        l1,
+        ..scenario(
+            name,
+            &format!("a host device for {user}, by VFIO groups and type 1"),
+            vec![Run {
+                functions,
+                ..run("linux-7", 2, Mode::Full)
+            }],
+        )
+    }
+}
+
+/// All of them, by iommufd.
+fn vfio_iommufd() -> Scenario {
+    let mut scenario = passthrough("vfio-iommufd", "", &["nvme", "e1000e", "rng", "edu"]);
+    scenario.description = "NVMe, network, virtio-rng and edu at once, by iommufd".into();
+    scenario.l1.kernel = Some(kernel::BUILT.name.into());
+    scenario
+}
+
+/// A device of L1 by its word. A guest makes edu reach for memory that is not its own.
+fn host_device(word: &str) -> Option<HostDevice> {
+    let mut device = devices::named(word)?;
+    device.strays = device.kind == Kind::Edu;
+    Some(device)
+}
+
+/// A function for each device, on a bus of its own.
+fn passed_through(devices: &[HostDevice]) -> Vec<Function> {
+    let buses = [BUS_A, BUS_B, BUS_C, BUS_D].into_iter();
+    let function = |(device, bus): (&HostDevice, &str)| Function::Vfio {
+        bus: guid(bus),
+        function: 0,
+        host: device.address,
+        guest: device.kind,
+        size_mib: device.size_mib,
+        iommu: false,
+    };
+    devices.iter().zip(buses).map(function).collect()
 }
 
 /// Buses go away and come back while the guest runs: in order.
@@ -589,6 +663,45 @@ mod tests {
             let behind = run.functions.iter().any(Function::iommu);
             let built = run.kernel == kernel_file(kernel::BUILT.name);
             assert_eq!(run.domain.is_some(), behind && built, "{}", run.name);
+        }
+    }
+
+    #[test]
+    fn each_passed_through_device_is_there_and_goes_to_one_run() {
+        for entry in all() {
+            let L1 { kernel, devices } = &entry.scenario.l1;
+            if let Some(name) = kernel {
+                assert!(
+                    kernel::family(name)
+                        .unwrap()
+                        .roles
+                        .contains(&kernel::Role::Rig)
+                );
+            }
+            let mut used = BTreeSet::new();
+            for function in entry.scenario.runs.iter().flat_map(|run| &run.functions) {
+                let Function::Vfio {
+                    host,
+                    guest,
+                    size_mib,
+                    ..
+                } = function
+                else {
+                    continue;
+                };
+                let device = devices
+                    .iter()
+                    .find(|device| device.address == *host)
+                    .unwrap();
+                assert_eq!((device.kind, device.size_mib), (*guest, *size_mib));
+                assert!(used.insert(*host), "{}", entry.scenario.name);
+            }
+            // Whoever else strays has nobody to make it.
+            let strays = devices.iter().filter(|device| device.strays);
+            for device in strays {
+                assert!(used.contains(&device.address));
+                assert!(entry.scenario.runs.iter().any(|run| run.mode.strays()));
+            }
         }
     }
 

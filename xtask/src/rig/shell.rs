@@ -54,7 +54,7 @@ pub(crate) fn run(
         .iter()
         .map(|device| format!("{}\n", device.address));
     fs::write(share.join("devices"), addresses.collect::<String>())?;
-    devices::make_backing_files(&work.folder, &l1.devices)?;
+    devices::make_backing_files(&work.folder, &l1.devices, &[])?;
     let interrupted = interruption()?;
     let mut machine = Machine::start(&Setup {
         emulator: &prepared.emulator,

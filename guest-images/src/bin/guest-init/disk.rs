@@ -76,7 +76,7 @@ impl Latency {
     }
 }
 
-/// A virtio-blk disk.
+/// A virtio-blk disk or an NVMe namespace.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
     pub(crate) function: Found,

@@ -1,8 +1,10 @@
 //! The role in the guest under test: exercise its PCI functions and report what was seen.
 
 use crate::disk::Disk;
+use crate::edu::Edu;
 use crate::load::Load;
 use crate::marks::{Marker, Span};
+use crate::net::Net;
 use crate::pci::{self, Found};
 use crate::rng::Rng;
 use crate::system::{self, online_cpus, say, step, write_text};
@@ -66,7 +68,7 @@ impl Guest {
         let at_boot = self.at_boot();
         let mut functions = pci::wait_expected(&at_boot, PROBE_LIMIT)?;
         // One for all phases: its marks have numbers of their own.
-        let mut marker = Marker::open(self.params.marks)?;
+        let mut marker = Marker::open(self.params.marks, self.params.counted)?;
         let generation = self.check_disks(&functions)?;
         match self.params.mode {
             Mode::Reboot if self.report.boot <= self.params.repeat => return Ok(End::Reset),
@@ -182,21 +184,15 @@ impl Guest {
         let cpus = online_cpus()?;
         let disks = disks(functions)?;
         self.one_outstanding(marker, &disks, &cpus, generation, "")?;
+        self.user_driven(marker, functions, &cpus)?;
+        self.networks(marker, functions, &cpus)?;
         let mut rngs = Vec::new();
         let mut moves = Vec::new();
-        for function in functions
-            .iter()
-            .filter(|function| function.kind == Kind::Rng)
-        {
+        for function in of_kind(functions, Kind::Rng) {
             step(format!("find the entropy source of {}", function.address));
             let mut rng = Rng::open(function)?;
             let mut list = Vec::new();
-            let name = format!("rng {} moves", function.address);
-            let span = Span {
-                name,
-                kind: Work::Moves,
-                cpu: None,
-            };
+            let span = moves_of("rng", function);
             let phase = marker.phase(span, function, || rng.move_over(&cpus, &mut list));
             self.report.phases.push(phase?);
             rngs.push(rng);
@@ -218,6 +214,45 @@ impl Guest {
         Ok(())
     }
 
+    /// Educational devices: computing, DMA, moves of their interrupt.
+    fn user_driven(
+        &mut self,
+        marker: &mut Marker,
+        functions: &[Found],
+        cpus: &[u32],
+    ) -> Result<()> {
+        let stray = self.params.mode.strays();
+        for function in of_kind(functions, Kind::Edu) {
+            let mut edu = Edu::open(function)?;
+            self.report.dma.extend(edu.dma(stray)?);
+            let mut moves = Vec::new();
+            let span = moves_of("edu", function);
+            let phase = marker.phase(span, function, || edu.move_over(cpus, &mut moves));
+            self.report.phases.push(phase?);
+            self.report.edus.push(edu.close(moves)?);
+        }
+        Ok(())
+    }
+
+    /// Network controllers: frames, moves of their interrupts.
+    fn networks(&mut self, marker: &mut Marker, functions: &[Found], cpus: &[u32]) -> Result<()> {
+        for function in of_kind(functions, Kind::E1000e) {
+            step(format!("bring up the interface of {}", function.address));
+            let mut net = Net::open(function)?;
+            let mut moves = Vec::new();
+            let span = moves_of("net", function);
+            let phase = marker.phase(span, function, || net.move_over(cpus, &mut moves));
+            self.report.phases.push(phase?);
+            step(format!(
+                "frames of {} while interrupts move",
+                function.address
+            ));
+            let storm = net.storm(cpus)?;
+            self.report.nets.push(net.report(moves, storm));
+        }
+        Ok(())
+    }
+
     fn one_outstanding(
         &mut self,
         marker: &mut Marker,
@@ -229,7 +264,8 @@ impl Guest {
         for disk in disks {
             let generation = disk_generation(disk, generation)?;
             for &cpu in cpus {
-                let name = format!("blk {} CPU {cpu}{when}", disk.address());
+                let kind = disk.function.kind.as_str();
+                let name = format!("{kind} {} CPU {cpu}{when}", disk.address());
                 let run = || disk.one_at_a_time(cpu, generation);
                 let span = Span {
                     name,
@@ -248,7 +284,8 @@ impl Guest {
             return Ok(());
         }
         for disk in disks {
-            if disk.readonly()? {
+            // Only the disk that the VMM emulates grows.
+            if disk.readonly()? || disk.function.kind != Kind::Blk {
                 continue;
             }
             let mut seen = None;
@@ -305,15 +342,27 @@ fn disk_generation(disk: &Disk, generation: u64) -> Result<u64> {
 }
 
 fn testdevs(functions: &[Found]) -> impl Iterator<Item = &Found> {
-    functions
-        .iter()
-        .filter(|function| function.kind == Kind::Testdev)
+    of_kind(functions, Kind::Testdev)
+}
+
+fn of_kind(functions: &[Found], kind: Kind) -> impl Iterator<Item = &Found> {
+    let mut all = functions.iter();
+    std::iter::from_fn(move || all.find(|function| function.kind == kind))
+}
+
+/// The span in which interrupts of a function move.
+fn moves_of(what: &str, function: &Found) -> Span {
+    Span {
+        name: format!("{what} {} moves", function.address),
+        kind: Work::Moves,
+        cpu: None,
+    }
 }
 
 fn disks(functions: &[Found]) -> Result<Vec<Disk>> {
     functions
         .iter()
-        .filter(|function| function.kind == Kind::Blk)
+        .filter(|function| matches!(function.kind, Kind::Blk | Kind::Nvme))
         .map(Disk::open)
         .collect()
 }
@@ -329,6 +378,8 @@ fn empty_report() -> GuestReport {
         functions: Vec::new(),
         disks: Vec::new(),
         rngs: Vec::new(),
+        nets: Vec::new(),
+        edus: Vec::new(),
         phases: Vec::new(),
         loads: Vec::new(),
         grows: Vec::new(),

@@ -46,14 +46,29 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// MSI-X index behind a vector's name. Of a virtio function vector 0 is the configuration vector,
-/// queue *n* has vector *n* + 1 (`drivers/virtio/virtio_pci_common.c`, vp_find_vqs_msix); the test
-/// device uses its first one (`guest-images/linux/testdev.c`).
+/// Index of the vector behind a name.
+///
+/// Of a virtio function vector 0 is the configuration vector, queue *n* has vector *n* + 1
+/// (`drivers/virtio/virtio_pci_common.c`, vp_find_vqs_msix); the test device uses its first one
+/// (`guest-images/linux/testdev.c`). An NVMe queue has the vector of its number
+/// (`drivers/nvme/host/pci.c`, nvme_create_queue; 0 is the admin queue). A network controller of
+/// Intel's has one for receiving, one for sending, and one with the interface's own name
+/// (`drivers/net/ethernet/intel/e1000e/netdev.c`, e1000_request_msix). VFIO names them by number.
 pub(crate) fn vector_index(name: &str) -> Option<u32> {
-    let (_, role) = name.split_once('-')?;
+    if let Some(rest) = name.strip_prefix("vfio-msi") {
+        let (_, rest) = rest.split_once('[')?;
+        return rest.split_once(']')?.0.parse().ok();
+    }
+    if let Some(rest) = name.strip_prefix("nvme") {
+        return rest.split_once('q')?.1.parse().ok();
+    }
+    let Some((_, role)) = name.split_once('-') else {
+        let number = name.strip_prefix("eth")?;
+        return number.parse::<u32>().is_ok().then_some(2);
+    };
     match role {
-        "config" | "testdev" => Some(0),
-        "input" | "virtqueues" => Some(1),
+        "config" | "testdev" | "rx-0" => Some(0),
+        "input" | "virtqueues" | "tx-0" => Some(1),
         _ => {
             let queue: u32 = role.strip_prefix("req.")?.parse().ok()?;
             queue.checked_add(1)
@@ -150,14 +165,23 @@ mod tests {
     }
 
     #[test]
-    fn vector_names_give_the_msi_x_index() {
+    fn vector_names_give_the_index() {
         assert_eq!(vector_index("virtio0-config"), Some(0));
         assert_eq!(vector_index("vpci-testdev"), Some(0));
         assert_eq!(vector_index("virtio12-req.3"), Some(4));
         assert_eq!(vector_index("virtio1-input"), Some(1));
         assert_eq!(vector_index("virtio1-req.x"), None);
         assert_eq!(vector_index("virtio1-req.4294967295"), None);
-        assert_eq!(vector_index("nvme0q1"), None);
+        assert_eq!(vector_index("nvme0q0"), Some(0));
+        assert_eq!(vector_index("nvme1q12"), Some(12));
+        assert_eq!(vector_index("nvme0c1"), None);
+        assert_eq!(vector_index("eth0-rx-0"), Some(0));
+        assert_eq!(vector_index("eth0-tx-0"), Some(1));
+        assert_eq!(vector_index("eth0"), Some(2));
+        assert_eq!(vector_index("ethernet"), None);
+        assert_eq!(vector_index("vfio-msix[7](0000:00:11.0)"), Some(7));
+        assert_eq!(vector_index("vfio-msi[0](1234:00:00.0)"), Some(0));
+        assert_eq!(vector_index("vfio-intx(0000:00:10.0)"), None);
     }
 
     #[test]

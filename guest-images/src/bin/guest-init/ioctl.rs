@@ -18,13 +18,27 @@ const fn vfio(number: u8) -> Opcode {
     opcode::none(b';', 100 + number)
 }
 
-const TYPE1V2: usize = 3;
 const GROUP_VIABLE: u32 = 1 << 0;
 const MAP_READ: u32 = 1 << 0;
 const MAP_WRITE: u32 = 1 << 1;
 /// Eventfds, to be signalled by an interrupt.
 const TRIGGER_EVENTFD: u32 = 1 << 2 | 1 << 5;
-const MSIX: u32 = 2;
+
+/// What stands between a container's devices and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Iommu {
+    /// An IOMMU, behind the type 1 interface, version 2.
+    Type1 = 3,
+    /// Nothing.
+    None = 8,
+}
+
+/// Kinds of message signalled interrupts of a PCI device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interrupt {
+    Msi = 1,
+    Msix = 2,
+}
 
 /// Memory that a device may write at any time, for the rest of the program: it is never freed,
 /// because a device that still has its address could then write into something else.
@@ -51,10 +65,22 @@ impl DmaPage {
         }
     }
 
+    /// Puts a word of its own into each place.
+    pub(crate) fn fill_with(&self, word: impl Fn(u64) -> u64) {
+        for (place, index) in self.0.iter().zip(0..) {
+            place.store(word(index), std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
     /// Whether the page is full of `word`.
     pub(crate) fn holds(&self, word: u64) -> bool {
-        let mut places = self.0.iter();
-        places.all(|place| place.load(std::sync::atomic::Ordering::Relaxed) == word)
+        self.holds_what(|_| word)
+    }
+
+    /// Whether each place holds its word.
+    pub(crate) fn holds_what(&self, word: impl Fn(u64) -> u64) -> bool {
+        let mut places = self.0.iter().zip(0..);
+        places.all(|(place, index)| place.load(std::sync::atomic::Ordering::Relaxed) == word(index))
     }
 }
 
@@ -196,15 +222,6 @@ unsafe fn by_value(fd: impl AsFd, opcode: Opcode, value: usize) -> io::Result<i3
     Ok(unsafe { ioctl(fd, ByValue { opcode, value }) }?)
 }
 
-/// Whether the container has the interface used here.
-pub(crate) fn has_type1(container: &File) -> io::Result<bool> {
-    // SAFETY: VFIO_GET_API_VERSION takes nothing.
-    let version = unsafe { by_value(container, vfio(0), 0) }?;
-    // SAFETY: VFIO_CHECK_EXTENSION takes a number.
-    let extension = unsafe { by_value(container, vfio(1), TYPE1V2) }?;
-    Ok(version == 0 && extension == 1)
-}
-
 /// Whether all devices of the group are VFIO's or nobody's.
 pub(crate) fn is_viable(group: &File) -> io::Result<bool> {
     let mut status = GroupStatus {
@@ -216,13 +233,20 @@ pub(crate) fn is_viable(group: &File) -> io::Result<bool> {
     Ok(status.flags & GROUP_VIABLE != 0)
 }
 
-/// Puts the group into the container and gives that its address space.
-pub(crate) fn set_container(group: &File, container: &File) -> io::Result<()> {
+/// Puts the group into the container and gives that its address space, if it knows that kind.
+pub(crate) fn set_container(group: &File, container: &File, iommu: Iommu) -> io::Result<()> {
+    // SAFETY: VFIO_GET_API_VERSION takes nothing.
+    let version = unsafe { by_value(container, vfio(0), 0) }?;
+    // SAFETY: VFIO_CHECK_EXTENSION takes a number.
+    let extension = unsafe { by_value(container, vfio(1), iommu as usize) }?;
+    if version != 0 || extension != 1 {
+        return Err(io::Error::other(format!("VFIO has no {iommu:?}")));
+    }
     let mut fd = container.as_raw_fd();
     // SAFETY: VFIO_GROUP_SET_CONTAINER reads a file descriptor.
     unsafe { by_address(group, vfio(4), &mut fd) }?;
     // SAFETY: VFIO_SET_IOMMU takes a number.
-    unsafe { by_value(container, vfio(2), TYPE1V2) }?;
+    unsafe { by_value(container, vfio(2), iommu as usize) }?;
     Ok(())
 }
 
@@ -250,12 +274,12 @@ pub(crate) fn region(device: &File, index: u32) -> io::Result<u64> {
     Ok(info.offset)
 }
 
-/// Has MSI-X vector 0, and that alone, signal `eventfd`.
-pub(crate) fn set_msix(device: &File, eventfd: &OwnedFd) -> io::Result<()> {
+/// Has the first vector of a kind, and that alone, signal `eventfd`.
+pub(crate) fn set_interrupt(device: &File, kind: Interrupt, eventfd: &OwnedFd) -> io::Result<()> {
     let mut set = IrqSet {
         argsz: argsz::<IrqSet>(),
         flags: TRIGGER_EVENTFD,
-        index: MSIX,
+        index: kind as u32,
         start: 0,
         count: 1,
         eventfd: eventfd.as_raw_fd(),
@@ -339,7 +363,7 @@ mod tests {
     #[test]
     fn a_file_that_knows_no_ioctl_gives_an_error() {
         let file = File::open("/proc/self/status").unwrap();
-        assert!(has_type1(&file).is_err());
+        assert!(set_container(&file, &file, Iommu::Type1).is_err());
         assert!(is_viable(&file).is_err());
         assert!(region(&file, 0).is_err());
         assert!(open_device(&file, "0000:00:00.0").is_err());

@@ -4,7 +4,7 @@ use crate::ioctl::{self, MapBenchmark};
 use crate::marks::Marker;
 use crate::pci::{self, Found};
 use crate::system::{self, step};
-use crate::vfio_user::bind;
+use crate::vfio::bind;
 use anyhow::{Context, Result};
 use guest_images::report::MapReport;
 use guest_images::scenario::Expected;

@@ -3,8 +3,9 @@
 
 use crate::interrupts;
 use crate::pci::Found;
+use crate::system::ask;
 use anyhow::{Context, Result, bail};
-use guest_images::report::{Phase, VectorCounts, Work};
+use guest_images::report::{COUNT_EVENT, Phase, VectorCounts, Work};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -13,6 +14,9 @@ use std::time::Duration;
 const PORT: u64 = 0xf4;
 /// How long counts must stand still before and after a mark.
 const SETTLE: Duration = Duration::from_millis(50);
+/// How long the rig may take to count interrupts on its side of a mark. A count that it takes
+/// later is of another moment, and does not agree with the guest's.
+const COUNTED: Duration = Duration::from_millis(500);
 /// How often a mark is tried again because counts moved around it.
 const ATTEMPTS: u32 = 20;
 
@@ -20,6 +24,8 @@ const ATTEMPTS: u32 = 20;
 #[derive(Debug)]
 pub(crate) struct Marker {
     port: Option<File>,
+    /// Whether the rig counts as well.
+    counted: bool,
     next: u8,
 }
 
@@ -38,8 +44,9 @@ impl Mark {
 }
 
 impl Marker {
-    /// Opens the port; with `enabled` off, marks are numbered but nobody hears of them.
-    pub(crate) fn open(enabled: bool) -> Result<Self> {
+    /// Opens the port; with `enabled` off, marks are numbered but no VMM hears of them. With
+    /// `counted`, the rig is asked to count the interrupts of host devices at each.
+    pub(crate) fn open(enabled: bool, counted: bool) -> Result<Self> {
         let port = enabled
             .then(|| {
                 OpenOptions::new()
@@ -48,7 +55,11 @@ impl Marker {
                     .context("/dev/port")
             })
             .transpose()?;
-        Ok(Self { port, next: 1 })
+        Ok(Self {
+            port,
+            counted,
+            next: 1,
+        })
     }
 
     /// Marks a moment at which no interrupt of `function` is under way: counts are the same some
@@ -63,6 +74,10 @@ impl Marker {
                 continue;
             }
             let id = self.write()?;
+            if self.counted {
+                ask(&format!("{COUNT_EVENT} {id}"));
+                std::thread::sleep(COUNTED);
+            }
             std::thread::sleep(SETTLE);
             let after = interrupts::vectors(function)?;
             if after == settled {

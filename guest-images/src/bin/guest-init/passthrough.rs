@@ -2,7 +2,7 @@
 
 use crate::pci;
 use crate::system::{step, wait_for};
-use crate::vfio_user::bind;
+use crate::vfio::bind;
 use anyhow::{Context, Result, bail};
 use guest_images::scenario::HostDevice;
 use std::time::Duration;

@@ -47,8 +47,21 @@ impl Found {
 
     /// Name of the block device below, once there is one.
     pub(crate) fn block(&self) -> Option<String> {
-        let block = child_starting(&self.virtio()?.join("block"), "vd")?;
+        let block = match self.kind {
+            Kind::Nvme => {
+                let controller = child_starting(&self.path.join("nvme"), "nvme")?;
+                let name = controller.file_name()?.to_str()?;
+                // With multiple paths the one to use is `nvme0n1`, not `nvme0c0n1`.
+                child_starting(&controller, &format!("{name}n"))?
+            }
+            _ => child_starting(&self.virtio()?.join("block"), "vd")?,
+        };
         Some(block.file_name()?.to_str()?.to_owned())
+    }
+
+    /// Name of the network interface below, once there is one.
+    pub(crate) fn interface(&self) -> Option<String> {
+        names(&self.path.join("net")).ok()?.into_iter().next()
     }
 
     /// Linux interrupt numbers of the function's MSI or MSI-X vectors; none before its driver has
@@ -84,7 +97,9 @@ impl Found {
         match self.kind {
             Kind::Blk => bound && self.block().is_some(),
             Kind::Rng => bound,
-            Kind::Testdev | Kind::Nvme | Kind::E1000e => driver(&self.path).is_some(),
+            Kind::Nvme => self.block().is_some(),
+            Kind::E1000e => self.interface().is_some(),
+            Kind::Testdev => driver(&self.path).is_some(),
             // No driver knows these.
             Kind::Edu | Kind::Vfio | Kind::Other => true,
         }

@@ -141,7 +141,7 @@ pub(crate) fn verify(functions: &[Found], generation: u64, when: &str) -> Result
     let mut verified = 0;
     for function in functions
         .iter()
-        .filter(|function| function.kind == Kind::Blk)
+        .filter(|function| matches!(function.kind, Kind::Blk | Kind::Nvme))
     {
         let disk = Disk::open(function)?;
         let what = format!("data check of {} after {when}", disk.name);

@@ -4,18 +4,18 @@ use crate::bounded::bounded;
 use crate::system::{self, put, say, step};
 use crate::vmm::{self, Files};
 use crate::{End, kexec, kmsg, passthrough};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use guest_images::allow::AllowList;
 use guest_images::host::HostReport;
 use guest_images::judge::{self, DiskAfter, Evidence};
-use guest_images::pattern::{Checksum, Pattern};
+use guest_images::pattern::{self, Pattern};
 use guest_images::report::GuestReport;
-use guest_images::scenario::{Function, Mode, PciAddress, Run, Scenario};
+use guest_images::scenario::{Function, Mode, Run, Scenario};
 use guest_images::verdict::{RunVerdict, Verdict};
 use kvm_ioctls::{Kvm, VmFd};
 use rustix::mount::MountFlags;
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs;
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -33,8 +33,6 @@ const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current
 const SECOND_CPU: &str = "/sys/devices/system/cpu/cpu1/online";
 /// Bytes at the end of a command's output in which its last line is looked for.
 const LAST_LINE_MAX: usize = 1024;
-/// Bytes that are made or checked at a time.
-const CHUNK: usize = 1 << 20;
 
 /// Runs the role to its verdict.
 pub(crate) fn run() -> Result<End> {
@@ -135,16 +133,13 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         }
         verdict.runs.push(judged);
     }
-    match host_kernel_log() {
-        Ok(lines) => {
-            let faults = lines
-                .iter()
-                .filter(|line| judge::telltale(line).is_some())
-                .map(|line| format!("host kernel log: {line}"));
-            verdict.failures.extend(faults);
+    match kmsg::collect() {
+        Ok(log) => {
+            let failures = judge::host_log(&log, &scenario.l1.devices);
+            verdict.failures.extend(failures);
             if !(verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass)) {
-                for line in &lines {
-                    say(&format!("vpci: host kernel log: {line}"));
+                for line in &log.lines {
+                    say(&format!("vpci: host kernel log: {}", line.text));
                 }
             }
         }
@@ -153,13 +148,6 @@ fn judge_all(scenario: &Scenario) -> Verdict {
     verdict.failures.extend(lost_clock());
     verdict.pass = verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass);
     verdict
-}
-
-/// The warnings in this kernel's own log. What it says of a guest is worth nothing where one of
-/// them tells of a fault.
-fn host_kernel_log() -> Result<Vec<String>> {
-    let lines = kmsg::collect()?.lines.into_iter();
-    Ok(lines.map(|line| line.text).collect())
 }
 
 /// Says if this kernel has turned from its time stamp counter, or never took to it. KVM then keeps
@@ -191,7 +179,9 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
     for function in run.functions.iter().chain(&run.substitutes) {
         if let Function::Blk { size_mib, .. } = function {
             let address = function.address();
-            make_disk(&files.disk(address), address, u64::from(*size_mib) << 20)?;
+            let (path, pattern) = (files.disk(address), Pattern::new(address, 0));
+            pattern::make_file(&path, pattern, u64::from(*size_mib) << 20)
+                .with_context(|| path.display().to_string())?;
         }
     }
     let outcome = vmm::execute(run, &files)?;
@@ -200,6 +190,7 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
         vmm: outcome.failure,
         host: read_host_report(&files.report()),
         disks: check_disks(run, &files, outcome.guest.as_ref().ok()),
+        counted: outcome.counted,
         guest: outcome.guest,
         allow,
     };
@@ -229,18 +220,6 @@ fn read_host_report(path: &Path) -> Result<HostReport, String> {
     serde_json::from_str(&text).map_err(|error| format!("malformed: {error}"))
 }
 
-fn make_disk(path: &Path, address: PciAddress, size: u64) -> Result<()> {
-    let pattern = Pattern::new(address, 0);
-    let mut file = File::create(path).with_context(|| path.display().to_string())?;
-    let mut buffer = vec![0; CHUNK];
-    for offset in (0..size).step_by(CHUNK) {
-        pattern.fill(offset, &mut buffer);
-        file.write_all(&buffer)
-            .with_context(|| path.display().to_string())?;
-    }
-    Ok(())
-}
-
 /// What the backing files hold now, given what the guest says it did.
 fn check_disks(run: &Run, files: &Files<'_>, guest: Option<&GuestReport>) -> Vec<DiskAfter> {
     let mut disks = Vec::new();
@@ -257,36 +236,14 @@ fn check_disks(run: &Run, files: &Files<'_>, guest: Option<&GuestReport>) -> Vec
             _ => 0,
         };
         let size = u64::from(*size_mib) << 20;
-        let contents = check_disk(
-            &files.disk(address),
-            Pattern::new(address, generation),
-            size,
-        );
+        let path = files.disk(address);
+        let contents = pattern::check_file(&path, Pattern::new(address, generation), size);
         disks.push(DiskAfter {
             address,
-            contents: contents.map_err(|error| format!("{error:#}")),
+            contents: contents.map_err(|error| format!("{}: {error}", path.display())),
         });
     }
     disks
-}
-
-/// Checks the whole file and gives the checksum of its first `size` bytes.
-fn check_disk(path: &Path, pattern: Pattern, size: u64) -> Result<String> {
-    let mut file = File::open(path).with_context(|| path.display().to_string())?;
-    let length = file.metadata()?.len();
-    let mut buffer = vec![0; CHUNK];
-    let mut checksum = Checksum::default();
-    for offset in (0..length).step_by(CHUNK) {
-        let buffer = &mut buffer[..CHUNK.min((length - offset) as usize)];
-        file.read_exact(buffer)?;
-        if let Some(wrong) = pattern.mismatch(offset, buffer) {
-            bail!("wrong contents at {:#x}", offset + wrong as u64);
-        }
-        if offset < size {
-            checksum.add(buffer);
-        }
-    }
-    Ok(checksum.hex())
 }
 
 /// Runs a command with its output on the console; its status and its last line.
@@ -339,20 +296,5 @@ mod tests {
         assert_eq!(last_line(b""), None);
         assert_eq!(last_line(b"\n \n"), None);
         assert_eq!(last_line(b"one\ntwo \r\n\n"), Some("two".into()));
-    }
-
-    #[test]
-    fn a_disk_holds_what_the_check_expects_and_a_wrong_byte_is_found() {
-        let path = std::env::temp_dir().join(format!("vpci-disk-{}", std::process::id()));
-        let address: PciAddress = "1234:00:00.0".parse().unwrap();
-        make_disk(&path, address, 2 << 20).unwrap();
-        check_disk(&path, Pattern::new(address, 0), 2 << 20).unwrap();
-        assert!(check_disk(&path, Pattern::new(address, 1), 2 << 20).is_err());
-        let mut data = fs::read(&path).unwrap();
-        data[0x10_0010] ^= 1;
-        fs::write(&path, data).unwrap();
-        let error = check_disk(&path, Pattern::new(address, 0), 2 << 20).unwrap_err();
-        fs::remove_file(&path).unwrap();
-        assert!(error.to_string().contains("0x100010"));
     }
 }

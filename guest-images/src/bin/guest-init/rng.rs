@@ -3,6 +3,7 @@
 use crate::bounded::Worker;
 use crate::disk::Latency;
 use crate::interrupts;
+use crate::moves::{self, Movable};
 use crate::pci::Found;
 use crate::system::{read_text, write_text};
 use anyhow::{Context, Result, bail};
@@ -18,12 +19,6 @@ const CONTROL: &str = "/sys/class/misc/hw_random";
 const READ: usize = 64;
 /// Longest that one read may take before it counts as lost.
 const READ_LIMIT: Duration = Duration::from_secs(5);
-/// Reads after a move within which the new CPU must count an interrupt.
-const READS_PER_MOVE: u32 = 100;
-/// How long to look for the interrupt of a read.
-const SEEN_LIMIT: Duration = Duration::from_secs(5);
-/// Rounds over all CPUs.
-const ROUNDS: usize = 3;
 
 /// An entropy source and the name the entropy core knows it by.
 #[derive(Debug)]
@@ -89,14 +84,6 @@ impl Rng {
         Ok(())
     }
 
-    /// Vector of the request queue.
-    fn vector(&self) -> Result<VectorCounts> {
-        interrupts::vectors(&self.function)?
-            .into_iter()
-            .find(|vector| vector.index == 1)
-            .with_context(|| format!("{}: no interrupt of its queue", self.function.address))
-    }
-
     fn count(&self) -> Result<u64> {
         // Before its first interrupt the vector is listed with zeroes.
         Ok(self.vector()?.total())
@@ -104,42 +91,13 @@ impl Rng {
 
     /// Moves the queue's interrupt over `cpus`, reading until each has counted one. Gives the
     /// number of reads.
-    pub(crate) fn move_over(&mut self, cpus: &[u32], moves: &mut Vec<MoveReport>) -> Result<u64> {
-        let mut reads = 0;
-        for &cpu in cpus.iter().cycle().take(cpus.len() * ROUNDS) {
-            let report = self.move_to(cpu)?;
-            reads += u64::from(report.reads);
-            moves.push(report);
-        }
-        Ok(reads)
+    pub(crate) fn move_over(&mut self, cpus: &[u32], list: &mut Vec<MoveReport>) -> Result<u64> {
+        moves::over(self, cpus, list)
     }
 
     /// Moves the queue's interrupt to one CPU and reads until that CPU has counted one.
     pub(crate) fn move_to(&mut self, cpu: u32) -> Result<MoveReport> {
-        self.select()?;
-        let vector = self.vector()?;
-        let on_cpu = |vector: &VectorCounts| vector.per_cpu.get(&cpu).copied().unwrap_or(0);
-        let before = on_cpu(&vector);
-        let directory = format!("/proc/irq/{}", vector.irq);
-        write_text(format!("{directory}/smp_affinity_list"), &cpu.to_string())?;
-        let start = Instant::now();
-        let mut reads = 0;
-        let mut now = before;
-        while now == before && reads < READS_PER_MOVE && start.elapsed() < SEEN_LIMIT {
-            self.read()
-                .with_context(|| format!("read {reads} after the move to CPU {cpu}"))?;
-            reads += 1;
-            // The read hands its buffer back at once; that buffer's interrupt comes a bit later.
-            std::thread::sleep(Duration::from_millis(2));
-            now = on_cpu(&self.vector()?);
-        }
-        let effective = read_text(format!("{directory}/effective_affinity_list")).ok();
-        Ok(MoveReport {
-            cpu,
-            effective: effective.and_then(|text| text.parse().ok()),
-            reads,
-            on_new_cpu: now - before,
-        })
+        moves::to(self, cpu)
     }
 
     pub(crate) fn report(self, moves: Vec<MoveReport>) -> RngReport {
@@ -149,6 +107,25 @@ impl Rng {
             max_latency_us: self.latency.max_us,
             moves,
         }
+    }
+}
+
+impl Movable for Rng {
+    /// That of the request queue.
+    fn vector(&self) -> Result<VectorCounts> {
+        interrupts::vectors(&self.function)?
+            .into_iter()
+            .find(|vector| vector.index == 1)
+            .with_context(|| format!("{}: no interrupt of its queue", self.function.address))
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        self.select()
+    }
+
+    /// A read. It hands its buffer back at once; that buffer's interrupt comes a bit later.
+    fn request(&mut self) -> Result<()> {
+        self.read()
     }
 }
 

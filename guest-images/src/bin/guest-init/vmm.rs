@@ -1,10 +1,12 @@
 //! One run of the reference VMM: started, listened to, limited in time, ended.
 
 use crate::inspect;
+use crate::interrupts;
 use crate::saves::Saves;
-use crate::system::put;
+use crate::system::{put, read_text};
 use anyhow::{Context, Result, bail};
-use guest_images::report::{EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
+use guest_images::judge::Counted;
+use guest_images::report::{COUNT_EVENT, EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
 use guest_images::scenario::{Function, Mode, PciAddress, Run};
 use guest_images::verdict::json_after;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -83,6 +85,8 @@ pub(crate) struct Outcome {
     pub(crate) failure: Option<String>,
     /// The guest's report, or why there is none.
     pub(crate) guest: Result<GuestReport, String>,
+    /// Interrupts of host devices at the guest's marks.
+    pub(crate) counted: Vec<Counted>,
     /// Wall-clock time.
     pub(crate) took: Duration,
 }
@@ -156,6 +160,7 @@ pub(crate) fn execute(run: &Run, files: &Files<'_>) -> Result<Outcome> {
     };
     Ok(Outcome {
         failure,
+        counted: vmm.counted,
         guest: vmm.guest.unwrap_or_else(|| Err("none was printed".into())),
         took: start.elapsed(),
     })
@@ -174,6 +179,7 @@ struct Vmm<'a> {
     absent: BTreeSet<Uuid>,
     saves: Saves,
     guest: Option<Result<GuestReport, String>>,
+    counted: Vec<Counted>,
     /// What to tell when no report comes: the line by which the guest gave up, else its last one.
     last_words: Option<String>,
     failure: Option<String>,
@@ -196,6 +202,7 @@ impl<'a> Vmm<'a> {
             absent: BTreeSet::new(),
             saves: Saves::default(),
             guest: None,
+            counted: Vec::new(),
             last_words: None,
             failure: None,
         })
@@ -275,6 +282,7 @@ impl<'a> Vmm<'a> {
             return Ok(());
         };
         match event.trim().split_once(' ') {
+            Some((COUNT_EVENT, mark)) => self.count(mark),
             Some(("grow", address)) => self.grow(address),
             Some(("eject", bus)) => self.take_away(&["eject", bus], bus),
             Some(("remove", bus)) => self.take_away(&["remove", "--surprise", bus], bus),
@@ -291,6 +299,29 @@ impl<'a> Vmm<'a> {
         if !text.is_empty() && !settled {
             self.last_words = Some(text);
         }
+    }
+
+    /// Notes how often host devices have interrupted.
+    fn count(&mut self, mark: &str) -> Result<()> {
+        let mark = mark.parse().context("number of a mark")?;
+        let rows = interrupts::parse(&read_text("/proc/interrupts")?)?;
+        for function in &self.run.functions {
+            let Function::Vfio { host, .. } = function else {
+                continue;
+            };
+            let owner = format!("({host})");
+            let rows = rows.iter().filter(|row| row.name.ends_with(&owner));
+            let vectors = rows.filter_map(|row| {
+                let index = interrupts::vector_index(&row.name)?;
+                Some((index, row.per_cpu.values().sum()))
+            });
+            self.counted.push(Counted {
+                mark,
+                host: *host,
+                vectors: vectors.collect(),
+            });
+        }
+        Ok(())
     }
 
     /// Makes a disk grow as its guest asks.
@@ -565,6 +596,23 @@ mod tests {
         ] {
             assert!(line.contains(part), "{line}");
         }
+    }
+
+    #[test]
+    fn host_devices_are_counted_when_the_guest_asks() {
+        vmm_with("echo VPCI-EVENT count 7", 20, |vmm, _| {
+            assert_eq!(vmm.failure, None);
+            let Counted {
+                mark,
+                host,
+                vectors,
+            } = &vmm.counted[0];
+            assert_eq!((*mark, host.to_string()), (7, "0000:00:11.0".into()));
+            assert!(vectors.is_empty(), "no such device here");
+        });
+        vmm_with("echo VPCI-EVENT count 256", 20, |vmm, _| {
+            assert!(vmm.failure.unwrap().contains("mark"));
+        });
     }
 
     fn vmm_with<T>(script: &str, limit_s: u64, check: impl FnOnce(Vmm<'_>, Result<()>) -> T) -> T {

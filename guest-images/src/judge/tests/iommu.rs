@@ -112,6 +112,7 @@ fn a_benchmark_gets_a_line() {
         guest: Ok(case.guest),
         host: Ok(case.host),
         disks: case.disks,
+        counted: vec![],
         allow: &AllowList::default(),
     });
     assert_eq!(
