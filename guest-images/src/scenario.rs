@@ -82,9 +82,22 @@ pub struct Run {
     /// pvIOMMU into; `None` where the kernel has no driver for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<Domain>,
+    /// What the VMM must say instead of starting the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Refusal>,
     /// Seconds from the start of the VMM to its exit. The guest's own watchdog ends it a little
     /// earlier, so that a stuck guest still says where it stuck.
     pub time_limit_s: u64,
+}
+
+/// How the VMM refuses to start a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusal {
+    /// Its exit status.
+    pub status: i32,
+    /// What the one line that it prints must contain.
+    pub words: Vec<String>,
 }
 
 /// Types of default domains of Linux' DMA API (`drivers/iommu/iommu.c`, iommu_group_show_type).
@@ -337,6 +350,7 @@ mod tests {
             snapshots: 0,
             hyperv: None,
             domain: Some(Domain::Lazy),
+            refusal: None,
             time_limit_s: 120,
         }
     }
@@ -353,6 +367,7 @@ mod tests {
                     kind: Kind::Nvme,
                     size_mib: 64,
                     strays: true,
+                    left: false,
                 }],
             },
             time_limit_s: 300,

@@ -72,6 +72,7 @@ mod tests {
             kind: Kind::Edu,
             size_mib: 0,
             strays,
+            left: false,
         };
         vec![device("0000:00:10.0", true), device("0000:00:11.0", false)]
     }

@@ -10,6 +10,7 @@ mod interrupts;
 mod iommu;
 mod l1;
 mod log;
+mod refusal;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 
 pub use l1::host_log;
 pub use log::telltale;
+pub use refusal::refusal;
 
 /// Longest that any request may take, in microseconds.
 pub const LATENCY_LIMIT_US: u64 = 5_000_000;
@@ -114,6 +116,13 @@ fn host_end(run: &Run, host: &HostReport, failures: &mut Vec<String>) {
     let resets = resets(run);
     if host.resets != resets {
         failures.push(format!("host report: {} resets, not {resets}", host.resets));
+    }
+    let passes_through = |function: &Function| function.host_kind() == Kind::Vfio;
+    if run.functions.iter().any(passes_through) {
+        match host.counters.get("vfio.failures") {
+            Some(0) => {}
+            count => failures.push(format!("host report: vfio.failures is {count:?}")),
+        }
     }
     for function in &run.functions {
         let (bus, number) = (function.bus(), function.number());

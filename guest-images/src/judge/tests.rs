@@ -75,6 +75,7 @@ fn run(mode: Mode) -> Run {
         snapshots: 0,
         hyperv: None,
         domain: Some(Domain::Strict),
+        refusal: None,
         time_limit_s: 100,
     }
 }

@@ -12,8 +12,8 @@ pub struct L1 {
     /// Kernel family; `None` is the rig's usual one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
-    /// Devices that the rig binds to vfio-pci before anything else runs. With any, L1's computer
-    /// has an IOMMU in front of its devices.
+    /// Devices that the rig binds to vfio-pci before anything else runs, unless they are left to
+    /// their drivers. With any, L1's computer has an IOMMU in front of its devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<HostDevice>,
 }
@@ -34,4 +34,7 @@ pub struct HostDevice {
     /// it at least once; and never otherwise.
     #[serde(default)]
     pub strays: bool,
+    /// Whether it stays with the driver that L1's kernel has for it.
+    #[serde(default)]
+    pub left: bool,
 }

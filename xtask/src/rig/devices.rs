@@ -24,13 +24,14 @@ pub(crate) const NVME_MIB: u32 = 64;
 const BRIDGE: u8 = 0x14;
 
 /// Every device that can be asked for, with its word on the command line and its place.
-const ALL: [(&str, Kind, u8, u8); 6] = [
+const ALL: [(&str, Kind, u8, u8); 7] = [
     ("edu", Kind::Edu, 0, 0x10),
     ("nvme", Kind::Nvme, 0, 0x11),
     ("rng", Kind::Rng, 0, 0x12),
     ("e1000e", Kind::E1000e, 0, 0x13),
     ("shared-edu-1", Kind::Edu, 1, 1),
     ("shared-edu-2", Kind::Edu, 1, 2),
+    ("shared-rng", Kind::Rng, 1, 3),
 ];
 
 /// The device of that word; `None` for an unknown one.
@@ -68,6 +69,7 @@ fn device((_, kind, bus, number): (&str, Kind, u8, u8)) -> HostDevice {
         kind,
         size_mib: if kind == Kind::Nvme { NVME_MIB } else { 0 },
         strays: false,
+        left: false,
     }
 }
 

@@ -10,6 +10,8 @@ use guest_images::scenario::HostDevice;
 use guest_images::scenario::Kind;
 use guest_images::scenario::L1;
 use guest_images::scenario::Mode;
+use guest_images::scenario::PciAddress;
+use guest_images::scenario::Refusal;
 use guest_images::scenario::Run;
 use guest_images::scenario::Scenario;
 
@@ -21,6 +23,8 @@ const DISK_MIB: u32 = 64;
 const GROW_MIB: u32 = 8;
 /// Time limit of a run in seconds: many times what it takes on two idle cores.
 const RUN_LIMIT_S: u64 = 480;
+/// Time limit of a VMM that must refuse.
+const REFUSAL_LIMIT_S: u64 = 60;
 /// Time limit of the conformance suite in seconds.
 const CONFORMANCE_LIMIT_S: u64 = 900;
 /// Time limit of the calls to the kernel's mock IOMMU in seconds.
@@ -118,6 +122,7 @@ pub(crate) fn all() -> Vec<Entry> {
             &["edu"],
         )),
         optional(vfio_iommufd()),
+        optional(vfio_group()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -369,6 +374,58 @@ fn vfio_iommufd() -> Scenario {
     scenario
 }
 
+/// Devices that cannot be had.
+fn vfio_group() -> Scenario {
+    let left = devices::named("shared-rng").map(|device| HostDevice {
+        left: true,
+        ..device
+    });
+    let bound = ["shared-edu-1", "shared-edu-2"].map(devices::named);
+    let l1 = L1 {
+        kernel: None,
+        devices: bound.into_iter().chain([left]).flatten().collect(),
+    };
+    let refused = |name: &str, host: &str, words: &[&str]| Run {
+        name: name.into(),
+        functions: host.parse().ok().map(refused_device).into_iter().collect(),
+        refusal: Some(Refusal {
+            status: 3,
+            words: words.iter().map(|word| word.to_string()).collect(),
+        }),
+        time_limit_s: REFUSAL_LIMIT_S,
+        ..run("linux-7", 1, Mode::Short)
+    };
+    let in_use = ["0000:01:01.0", "IOMMU group", "0000:01:03.0", "virtio-pci"];
+    let not_bound = ["0000:01:03.0", "bound to virtio-pci", "driver_override"];
+    Scenario {
+        l1,
+        ..scenario(
+            "vfio-group",
+            "devices that cannot be passed through: in a group with one that L1 uses, used, missing",
+            vec![
+                refused("shared-group", "0000:01:01.0", &in_use),
+                refused("not-bound", "0000:01:03.0", &not_bound),
+                refused(
+                    "not-there",
+                    "0000:00:1e.7",
+                    &["0000:00:1e.7", "no such PCI device"],
+                ),
+            ],
+        )
+    }
+}
+
+fn refused_device(host: PciAddress) -> Function {
+    Function::Vfio {
+        bus: guid(BUS_A),
+        function: 0,
+        host,
+        guest: Kind::Edu,
+        size_mib: 0,
+        iommu: false,
+    }
+}
+
 /// A device of L1 by its word. A guest makes edu reach for memory that is not its own.
 fn host_device(word: &str) -> Option<HostDevice> {
     let mut device = devices::named(word)?;
@@ -551,6 +608,7 @@ fn run(family: &str, cpus: u32, mode: Mode) -> Run {
         snapshots: 0,
         hyperv: Some("user".into()),
         domain: None,
+        refusal: None,
         time_limit_s: RUN_LIMIT_S,
     }
 }
@@ -679,7 +737,9 @@ mod tests {
                 );
             }
             let mut used = BTreeSet::new();
-            for function in entry.scenario.runs.iter().flat_map(|run| &run.functions) {
+            let started = |run: &&Run| run.refusal.is_none();
+            let runs = entry.scenario.runs.iter().filter(started);
+            for function in runs.flat_map(|run| &run.functions) {
                 let Function::Vfio {
                     host,
                     guest,

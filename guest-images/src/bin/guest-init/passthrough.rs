@@ -15,7 +15,10 @@ pub(crate) fn take(devices: &[HostDevice]) -> Result<()> {
     for device in devices {
         let (address, kind) = (device.address, device.kind);
         let what = format!("host device {address} ({})", kind.as_str());
-        step(format!("bind {what} to vfio-pci"));
+        step(match device.left {
+            true => format!("leave {what} to its driver"),
+            false => format!("bind {what} to vfio-pci"),
+        });
         let there = || Ok(pci::exists(address).then_some(()));
         wait_for(&what, LIMIT, there)?;
         let found = pci::find(address)?;
@@ -25,7 +28,9 @@ pub(crate) fn take(devices: &[HostDevice]) -> Result<()> {
         if found.iommu_group().is_none() {
             bail!("{what}: in no IOMMU group");
         }
-        bind(address, "vfio-pci").with_context(|| what)?;
+        if !device.left {
+            bind(address, "vfio-pci").with_context(|| what)?;
+        }
     }
     Ok(())
 }

@@ -10,16 +10,17 @@ use guest_images::host::HostReport;
 use guest_images::judge::{self, DiskAfter, Evidence};
 use guest_images::pattern::{self, Pattern};
 use guest_images::report::GuestReport;
-use guest_images::scenario::{Function, Mode, Run, Scenario};
+use guest_images::scenario::{Function, Mode, Refusal, Run, Scenario};
 use guest_images::verdict::{RunVerdict, Verdict};
 use kvm_ioctls::{Kvm, VmFd};
 use rustix::mount::MountFlags;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Where the shared directory is mounted.
 const SHARE: &str = "/host";
@@ -184,6 +185,9 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
                 .with_context(|| path.display().to_string())?;
         }
     }
+    if let Some(refusal) = &run.refusal {
+        return refused(run, refusal, &files);
+    }
     let outcome = vmm::execute(run, &files)?;
     let evidence = Evidence {
         run,
@@ -212,6 +216,25 @@ fn one_run(run: &Run, allow: &AllowList) -> Result<RunVerdict> {
         seconds: outcome.took.as_secs_f64(),
         metrics: judge::metrics(&evidence),
         notes: judge::notes(&evidence),
+    })
+}
+
+/// A run whose guest must not start.
+fn refused(run: &Run, refusal: &Refusal, files: &Files<'_>) -> Result<RunVerdict> {
+    let start = Instant::now();
+    let mut command = vmm::command(run, files, &BTreeSet::new());
+    let limit = Duration::from_secs(run.time_limit_s);
+    let output = bounded("the VMM", limit, move || Ok(command.output()?))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    put(&output.stderr);
+    let failures = judge::refusal(refusal, output.status.code(), &said);
+    Ok(RunVerdict {
+        name: run.name.clone(),
+        pass: failures.is_empty(),
+        failures,
+        seconds: start.elapsed().as_secs_f64(),
+        metrics: Default::default(),
+        notes: said.lines().map(str::to_owned).collect(),
     })
 }
 

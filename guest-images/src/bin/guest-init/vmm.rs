@@ -92,7 +92,7 @@ pub(crate) struct Outcome {
 }
 
 /// The VMM's command line for a run, without the functions of the buses that are away.
-fn command(run: &Run, files: &Files<'_>, absent: &BTreeSet<Uuid>) -> Command {
+pub(crate) fn command(run: &Run, files: &Files<'_>, absent: &BTreeSet<Uuid>) -> Command {
     let mut command = Command::new(files.share.join("vpci-vmm"));
     command
         .arg("run")
@@ -568,6 +568,7 @@ mod tests {
             snapshots: 0,
             hyperv: Some("user".into()),
             domain: None,
+            refusal: None,
             time_limit_s: 60,
         }
     }

@@ -188,6 +188,7 @@ fn passed_through(domain: Option<Domain>) -> Case {
             dma: HostDma::default(),
         })
         .collect();
+    case.host.counters.insert("vfio.failures".into(), 0);
     case.disks.clear();
     case
 }
@@ -218,6 +219,10 @@ fn a_host_device_needs_its_driver_and_its_vectors() {
         c.guest.vectors.remove(5);
     });
     fails("host report", |c| c.host.functions[0].kind = Kind::Blk);
+    fails("vfio.failures is Some(1)", |c| {
+        c.host.counters.insert("vfio.failures".into(), 1);
+    });
+    fails("vfio.failures is None", |c| c.host.counters.clear());
 }
 
 #[test]
