@@ -125,7 +125,6 @@ impl Role {
                 "virtio_rng",
                 "nvme",
                 "e1000e",
-                "vfio_pci",
             ],
         }
     }

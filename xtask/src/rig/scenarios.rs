@@ -34,7 +34,6 @@ const NESTED_MOCK_LIMIT_S: u64 = 60;
 const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
 const BUS_B: &str = "6c3a5f2e-2b3c-4c3d-8e4f-5a6b7c8d9e02";
 const BUS_C: &str = "6c3a5f2e-3c4d-4c3d-8e4f-5a6b7c8d9e03";
-const BUS_D: &str = "6c3a5f2e-4d5e-4c3d-8e4f-5a6b7c8d9e04";
 
 /// A scenario and when it runs.
 #[derive(Debug)]
@@ -103,22 +102,22 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(snapshot("linux-7")),
         optional(passthrough(
             "vfio-nvme",
-            "the guest's own NVMe driver",
+            "an NVMe controller of the host, by VFIO groups and type 1",
             &["nvme"],
         )),
         optional(passthrough(
             "vfio-e1000e",
-            "the guest's own network driver",
+            "a network controller of the host, by VFIO groups and type 1",
             &["e1000e"],
         )),
         optional(passthrough(
             "vfio-rng",
-            "the guest's own virtio driver",
+            "a virtio-rng of the host, by VFIO groups and type 1",
             &["rng"],
         )),
         optional(passthrough(
             "vfio-edu",
-            "user space of the guest, which makes it stray",
+            "an edu of the host, in user space of the guest, which sends it astray",
             &["edu"],
         )),
         optional(vfio_iommufd()),
@@ -346,32 +345,61 @@ fn translated(cpus: u32, mode: Mode, domain: Domain) -> Run {
     }
 }
 
-/// Devices of L1 passed through by VFIO's type 1 interface.
-fn passthrough(name: &str, user: &str, words: &[&str]) -> Scenario {
-    let l1 = L1 {
-        kernel: None,
-        devices: words.iter().filter_map(|word| host_device(word)).collect(),
+/// Devices of L1 passed through, each to one run: NVMe, network and virtio-rng to an unmodified
+/// kernel, and edu to one whose VFIO gives it to user space without an IOMMU.
+fn passthrough(name: &str, description: &str, words: &[&str]) -> Scenario {
+    let all: Vec<_> = words.iter().filter_map(|word| host_device(word)).collect();
+    let of = |edu: bool| -> Vec<Function> {
+        let chosen = all
+            .iter()
+            .filter(|device| (device.kind == Kind::Edu) == edu);
+        passed_through(chosen)
     };
-    let functions = passed_through(&l1.devices);
+    let kernels = [("linux-7", false), (kernel::BUILT.name, true)];
+    let runs = kernels.map(|(family, edu)| Run {
+        name: if edu { "edu" } else { "2-cpu" }.into(),
+        functions: of(edu),
+        ..run(family, 2, Mode::Full)
+    });
+    let runs = runs.into_iter().filter(|run| !run.functions.is_empty());
     Scenario {
-        l1,
-        ..scenario(
-            name,
-            &format!("a host device for {user}, by VFIO groups and type 1"),
-            vec![Run {
-                functions,
-                ..run("linux-7", 2, Mode::Full)
-            }],
-        )
+        l1: L1 {
+            kernel: None,
+            devices: all.clone(),
+        },
+        ..scenario(name, description, runs.collect())
     }
 }
 
 /// All of them, by iommufd.
 fn vfio_iommufd() -> Scenario {
-    let mut scenario = passthrough("vfio-iommufd", "", &["nvme", "e1000e", "rng", "edu"]);
-    scenario.description = "NVMe, network, virtio-rng and edu at once, by iommufd".into();
+    let mut scenario = passthrough(
+        "vfio-iommufd",
+        "NVMe, network and virtio-rng of the host at once, then edu, by iommufd",
+        &["nvme", "e1000e", "rng", "edu"],
+    );
     scenario.l1.kernel = Some(kernel::BUILT.name.into());
     scenario
+}
+
+/// A device of L1 by its word. A guest makes edu reach for memory that is not its own.
+fn host_device(word: &str) -> Option<HostDevice> {
+    let mut device = devices::named(word)?;
+    device.strays = device.kind == Kind::Edu;
+    Some(device)
+}
+
+/// A function for each device, on a bus of its own.
+fn passed_through<'a>(devices: impl Iterator<Item = &'a HostDevice>) -> Vec<Function> {
+    let function = |(device, bus): (&HostDevice, &str)| Function::Vfio {
+        bus: guid(bus),
+        function: 0,
+        host: device.address,
+        guest: device.kind,
+        size_mib: device.size_mib,
+        iommu: false,
+    };
+    devices.zip([BUS_A, BUS_B, BUS_C]).map(function).collect()
 }
 
 /// Devices that cannot be had.
@@ -424,27 +452,6 @@ fn refused_device(host: PciAddress) -> Function {
         size_mib: 0,
         iommu: false,
     }
-}
-
-/// A device of L1 by its word. A guest makes edu reach for memory that is not its own.
-fn host_device(word: &str) -> Option<HostDevice> {
-    let mut device = devices::named(word)?;
-    device.strays = device.kind == Kind::Edu;
-    Some(device)
-}
-
-/// A function for each device, on a bus of its own.
-fn passed_through(devices: &[HostDevice]) -> Vec<Function> {
-    let buses = [BUS_A, BUS_B, BUS_C, BUS_D].into_iter();
-    let function = |(device, bus): (&HostDevice, &str)| Function::Vfio {
-        bus: guid(bus),
-        function: 0,
-        host: device.address,
-        guest: device.kind,
-        size_mib: device.size_mib,
-        iommu: false,
-    };
-    devices.iter().zip(buses).map(function).collect()
 }
 
 /// Buses go away and come back while the guest runs: in order.

@@ -1,7 +1,7 @@
 //! What every role needs of the machine: mounts, modules, console, watchdog, power.
 
 use anyhow::{Context, Result, bail};
-use guest_images::modules::MODULE_LIST;
+use guest_images::modules::{MODULE_LIST, module_name};
 use guest_images::report::EVENT_PREFIX;
 use guest_images::report::FAIL_PREFIX;
 use rustix::io::Errno;
@@ -140,15 +140,17 @@ pub(crate) fn end(how: RebootCommand) -> ! {
     }
 }
 
-/// Loads the modules of the initramfs in the order of its list; without a list there are none.
-pub(crate) fn load_modules() -> Result<usize> {
+/// Loads those modules of the initramfs that are `wanted`, by name, in the order of its list;
+/// without a list there are none.
+pub(crate) fn load_modules(wanted: impl Fn(&str) -> bool) -> Result<usize> {
     let list = match fs::read_to_string(MODULE_LIST) {
         Ok(list) => list,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(error).context(MODULE_LIST),
     };
     let mut loaded = 0;
-    for path in list.lines() {
+    let is_wanted = |path: &&str| module_name(Path::new(path)).is_none_or(|name| wanted(&name));
+    for path in list.lines().filter(is_wanted) {
         load_module(path).with_context(|| format!("module {path}"))?;
         loaded += 1;
     }
