@@ -68,7 +68,8 @@ pub struct Run {
     /// What the guest does.
     pub mode: Mode,
     /// How often the mode repeats its own step: resets in [`Mode::Reboot`], cycles where
-    /// [`Mode::cycles_buses`]; without meaning otherwise.
+    /// [`Mode::cycles_buses`], seconds that the load of a disk goes on undisturbed in
+    /// [`Mode::Full`]; without meaning otherwise.
     #[serde(default)]
     pub repeat: u32,
     /// How often the VM is saved and goes on in a new VMM: at each step that the guest names, up to

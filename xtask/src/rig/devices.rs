@@ -24,11 +24,12 @@ pub(crate) const NVME_MIB: u32 = 64;
 const BRIDGE: u8 = 0x14;
 
 /// Every device that can be asked for, with its word on the command line and its place.
-const ALL: [(&str, Kind, u8, u8); 7] = [
+const ALL: [(&str, Kind, u8, u8); 8] = [
     ("edu", Kind::Edu, 0, 0x10),
     ("nvme", Kind::Nvme, 0, 0x11),
     ("rng", Kind::Rng, 0, 0x12),
     ("e1000e", Kind::E1000e, 0, 0x13),
+    ("nvme-2", Kind::Nvme, 0, 0x15),
     ("shared-edu-1", Kind::Edu, 1, 1),
     ("shared-edu-2", Kind::Edu, 1, 2),
     ("shared-rng", Kind::Rng, 1, 3),
@@ -251,7 +252,7 @@ mod tests {
         let devices = parse("all").unwrap();
         make_backing_files(folder.path(), &devices, &[]).unwrap();
         let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
-        assert_eq!(files.len(), 1);
+        assert_eq!(files.len(), 2);
         let file = backing_file(folder.path(), &devices[1]);
         let length = std::fs::metadata(file).unwrap().len();
         assert_eq!(length, u64::from(NVME_MIB) << 20);

@@ -84,7 +84,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", requires = "shell_command")]
     file: Vec<PathBuf>,
     /// Devices that --shell-command finds bound to vfio-pci, behind an IOMMU: all, or some of
-    /// edu, nvme, rng, e1000e, shared-edu-1, shared-edu-2 and shared-rng, with commas.
+    /// edu, nvme, rng, e1000e, nvme-2, shared-edu-1, shared-edu-2 and shared-rng, with commas.
     #[arg(long, value_name = "LIST", requires = "shell_command")]
     devices: Option<String>,
     /// Kernel family of L1 for --shell-command.

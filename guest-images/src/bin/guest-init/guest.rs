@@ -202,7 +202,8 @@ impl Guest {
             for disk in &disks {
                 step(format!("load on {} ({})", disk.name, disk.address()));
                 let generation = disk_generation(disk, generation)?;
-                let report = load::run(disk, generation, &cpus, &mut rngs)?;
+                let calm = Duration::from_secs(self.params.repeat.into());
+                let report = load::run(disk, generation, &cpus, &mut rngs, calm)?;
                 self.report.loads.push(report);
             }
             self.grow(marker, &disks, generation)?;

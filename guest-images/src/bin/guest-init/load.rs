@@ -36,17 +36,22 @@ struct Shared {
 }
 
 /// Runs the traffic; meanwhile takes each of `cpus` but the first offline and online again, and
-/// moves the interrupts of `rngs`. The disk holds `generation` afterwards as before.
+/// moves the interrupts of `rngs`, and then leaves it alone for as long as `calm`. The disk holds
+/// `generation` afterwards as before.
 pub(crate) fn run(
     disk: &Disk,
     generation: u64,
     cpus: &[u32],
     rngs: &mut [Rng],
+    calm: Duration,
 ) -> Result<LoadReport> {
     let threads = (cpus.len() as u64 * 2).max(2);
     let load = Load::start(disk, generation, threads, !disk.readonly()?);
     match disturb(cpus, rngs) {
-        Ok((cycles, moves)) => load.finish(cycles, moves),
+        Ok((cycles, moves)) => {
+            std::thread::sleep(calm);
+            load.finish(cycles, moves)
+        }
         Err(error) => {
             // The first failure is the one to tell.
             let _ = load.finish(Vec::new(), 0);
