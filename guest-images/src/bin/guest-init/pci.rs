@@ -95,7 +95,11 @@ impl Found {
             .virtio()
             .is_some_and(|virtio| virtio.join("driver").exists());
         match self.kind {
-            Kind::Blk => bound && self.block().is_some(),
+            // The last that the kernel makes of a disk (block/genhd.c, add_disk_fwnode).
+            Kind::Blk => {
+                let size = |name| Path::new("/sys/block").join(name).join("size");
+                bound && self.block().is_some_and(|name| size(name).exists())
+            }
             Kind::Rng => bound,
             Kind::Nvme => self.block().is_some(),
             Kind::E1000e => self.interface().is_some(),
