@@ -198,7 +198,7 @@ fn messages_of_a_later_version_are_bad_data() {
 #[test]
 fn messages_beyond_the_limit_are_refused_and_counted() {
     let mut rig = rig().in_d0(0x0001_0004);
-    let most = wire::MAX_MESSAGES as usize;
+    let most = wire::MAX_MESSAGES;
     for _ in 0..most {
         assert_eq!(rig.send(&create(0, 0x30, 1, 0)), 0);
     }

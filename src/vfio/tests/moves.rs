@@ -39,7 +39,8 @@ fn iommufd(fake: &Fake) -> Box<dyn Mover> {
     Box::new(mover)
 }
 
-const MOVERS: [fn(&Fake) -> Box<dyn Mover>; 2] = [type1, iommufd];
+type Make = fn(&Fake) -> Box<dyn Mover>;
+const MOVERS: [Make; 2] = [type1, iommufd];
 
 /// Runs `f` with each interface and each pair of places.
 fn each(mut f: impl FnMut(fn(&Fake) -> Box<dyn Mover>, Translation, Translation)) {
