@@ -215,11 +215,19 @@ fn host_device(
         vectors.map(|vector| vector.total()).sum()
     };
     let known = phase.vectors.iter().map(|vector| vector.index);
+    // The network controller raises the next interrupt of a queue while the last one waits for the
+    // guest's CPU, and two that wait are one.
+    let merges = evidence
+        .run
+        .functions
+        .iter()
+        .any(|function| function.address() == phase.address && function.kind() == Kind::E1000e);
     let indices: BTreeSet<u32> = end.vectors.keys().copied().chain(known).collect();
     for index in indices {
         let raised = |counted: &Counted| counted.vectors.get(&index).copied().unwrap_or(0);
         match raised(end).checked_sub(raised(begin)) {
             None => fail(format!("vector {index}: count of {host} fell")),
+            Some(raised) if merges && (1..=raised).contains(&counted(index)) => {}
             Some(raised) if raised != counted(index) => fail(format!(
                 "vector {index}: {host} raised {raised}, guest counted {}",
                 counted(index)

@@ -253,6 +253,12 @@ fn interrupts_are_counted_against_the_host_s_kernel() {
     fails("raised 1, guest counted 0", |c| {
         *c.counted[9].vectors.entry(0).or_default() += 1;
     });
+    fails("raised 7, guest counted 8", |c| {
+        *c.counted[5].vectors.get_mut(&1).unwrap() -= 1;
+    });
+    let mut merged = passed_through(None);
+    *merged.counted[5].vectors.get_mut(&1).unwrap() += 1;
+    assert!(judge(merged).is_empty(), "a network controller's merge");
     fails("fell", |c| {
         c.counted[7].vectors.clear();
     });
