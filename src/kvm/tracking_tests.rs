@@ -20,6 +20,7 @@ use crate::gate::{Kick, RunGate};
 use crate::hv::pviommu::entry;
 use crate::mem::{GuestRam, RamMap};
 use crate::pviommu::{Levels, PageTable};
+use crate::vmm::TrackedPages;
 
 const RAM_SIZE: u64 = 32 << 20;
 /// Tables of the CPUs: 1 GiB of identity.
@@ -420,6 +421,42 @@ fn no_compare_exchange_of_two_vcpus_is_lost() {
             break;
         }
     }
+}
+
+/// RAM comes and goes under a vCPU that would never leave the guest by itself.
+#[test]
+fn a_vcpu_does_not_notice_that_slots_change() {
+    const CHANGES: u64 = 500;
+    let mut code = Code::default();
+    code.set([0x48, 0xbf], RESULTS);
+    code.0.extend([0x48, 0xff, 0x07]); // inc qword [rdi]
+    code.0.extend([0x48, 0x83, 0x7f, 0x08, 0x00, 0x74, 0xf6]); // cmp qword [rdi + 8], 0; jz to the inc
+    code.end();
+    let Some(mut bed) = Bed::new("a_vcpu_does_not_notice_that_slots_change", vec![code]) else {
+        return;
+    };
+    let (ram, map) = (bed.ram.clone(), bed.map.clone());
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            for change in 0..CHANGES {
+                let page = [DATA - 0x1000 * (1 + change / 2 % 5)];
+                let (track, untrack) = match change % 2 {
+                    0 => (&page[..], &[][..]),
+                    _ => (&[][..], &page[..]),
+                };
+                ram.change(track, untrack).unwrap();
+                // Let the vCPU in.
+                let count = || map.read_obj::<u64>(GuestAddress(RESULTS)).unwrap();
+                let (before, start) = (count(), Instant::now());
+                while count() == before && start.elapsed() < Duration::from_secs(5) {
+                    thread::yield_now();
+                }
+            }
+            map.write_obj(1u64, GuestAddress(RESULTS + 8)).unwrap();
+        });
+        bed.run(|_, _, _| {});
+    });
+    assert!(bed.get(RESULTS) > CHANGES / 2, "{}", bed.get(RESULTS));
 }
 
 /// Both vCPUs map and unmap in one table, link and unlink tables of their own, and race for places to
