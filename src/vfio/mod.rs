@@ -49,4 +49,4 @@ pub use host::VfioHost;
 pub use info::{Region, Type1Info};
 pub use ioctl::HwInfo;
 pub use iommufd::IommuFd;
-pub use sysfs::{Group as IommuGroup, Iommu, PciDevice, Survey, survey};
+pub use sysfs::{Group as IommuGroup, Iommu, PciDevice, Survey, memlock_limit, survey};

@@ -253,8 +253,9 @@ pub(super) fn confines_interrupts(root: &Path, module: &str) -> bool {
     remaps_interrupts(&root) || allows_unsafe_interrupts(&root, module)
 }
 
-/// Bytes that this process may lock in memory; `None` if there is no limit, or it is not known.
-pub(super) fn memlock_limit(root: &Path) -> Option<u64> {
+/// Bytes that this process may lock in memory, as the files below `root` say (`/` for the host itself);
+/// `None` if there is no limit, or it is not known.
+pub fn memlock_limit(root: &Path) -> Option<u64> {
     let root = Root(root.to_owned());
     let status = root.text("proc/self/status").unwrap_or_default();
     let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

@@ -1,5 +1,5 @@
 //! Static builds of what runs inside the rig: the init of both kernels, the reference VMM, and the
-//! program for the kernel's mock IOMMU.
+//! programs for the kernel's mock IOMMU and for devices of the host.
 #![forbid(unsafe_code)]
 
 use crate::command;
@@ -18,6 +18,8 @@ pub(crate) struct Binaries {
     pub(crate) vmm: PathBuf,
     /// Nested tables on the kernel's mock IOMMU.
     pub(crate) nested_mock: PathBuf,
+    /// Devices of the host by VFIO, without a guest.
+    pub(crate) vfio_host: PathBuf,
 }
 
 /// Builds the static binaries.
@@ -38,6 +40,8 @@ pub(crate) fn build() -> Result<Binaries> {
             "vpci-vmm",
             "-p",
             "vpci-nested-mock",
+            "-p",
+            "vpci-vfio-host",
         ])
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
@@ -47,5 +51,6 @@ pub(crate) fn build() -> Result<Binaries> {
         init: output.join("guest-init"),
         vmm: output.join("vpci-vmm"),
         nested_mock: output.join("nested-mock"),
+        vfio_host: output.join("vfio-host"),
     })
 }

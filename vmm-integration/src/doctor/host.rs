@@ -16,8 +16,6 @@ use crate::size::human;
 const GUEST_RAM: u64 = 512 << 20;
 /// Memory that one scenario of the rig takes, in bytes.
 const RIG_RAM: u64 = 3 << 30;
-/// Bit of CAP_IPC_LOCK in a set of capabilities: its owner may lock any amount of memory.
-const CAP_IPC_LOCK: u64 = 1 << 14;
 /// Emulator of the rig.
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -48,7 +46,7 @@ pub(super) fn examine(root: &Root, path: &OsStr, findings: &mut Vec<Finding>) ->
         memory: memory(root, "MemTotal"),
         memory_available: memory(root, "MemAvailable"),
         is_guest: root.has_cpu_flag("hypervisor"),
-        memlock: memlock(root),
+        memlock: vm_vpci::vfio::memlock_limit(&root.path("")),
         qemu: qemu(path),
     };
     findings.push(kernel_finding(&facts));
@@ -64,20 +62,6 @@ fn memory(root: &Root, key: &str) -> u64 {
     let value = root.field("proc/meminfo", key).unwrap_or_default();
     let kib = value.trim_end_matches("kB").trim().parse::<u64>();
     kib.unwrap_or(0).saturating_mul(1024)
-}
-
-/// The soft limit of locked memory, unless this program is exempt from it.
-fn memlock(root: &Root) -> Option<u64> {
-    let capabilities = root.field("proc/self/status", "CapEff");
-    let capabilities = capabilities.and_then(|text| u64::from_str_radix(&text, 16).ok());
-    if capabilities.is_some_and(|set| set & CAP_IPC_LOCK != 0) {
-        return None;
-    }
-    let limits = root.text("proc/self/limits")?;
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max locked memory"))?;
-    line.split_whitespace().next()?.parse().ok()
 }
 
 /// Version of the emulator, of the first one on the path.

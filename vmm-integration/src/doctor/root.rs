@@ -20,11 +20,6 @@ impl Root {
         self.0.join(path)
     }
 
-    /// True if there is something at `path`.
-    pub(super) fn has(&self, path: impl AsRef<Path>) -> bool {
-        self.path(path).exists()
-    }
-
     /// A text file without surrounding white space.
     pub(super) fn text(&self, path: impl AsRef<Path>) -> Option<String> {
         let bytes = fs::read(self.path(path)).ok()?;
@@ -42,12 +37,6 @@ impl Root {
             .collect();
         names.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
         names
-    }
-
-    /// Last part of where a symbolic link leads.
-    pub(super) fn link(&self, path: impl AsRef<Path>) -> Option<String> {
-        let target = fs::read_link(self.path(path)).ok()?;
-        Some(target.file_name()?.to_str()?.to_owned())
     }
 
     /// Opens a device for reading and writing, and closes it again.

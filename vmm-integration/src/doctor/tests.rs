@@ -33,11 +33,18 @@ impl Host {
             let target = format!("../../../bus/pci/drivers/{driver}");
             symlink(target, self.0.path().join(&device).join("driver")).unwrap();
         }
+        let target = format!("../../../kernel/iommu_groups/{group}");
+        symlink(target, self.0.path().join(&device).join("iommu_group")).unwrap();
         let group = format!("sys/kernel/iommu_groups/{group}/devices");
-        let group = self.0.path().join(group);
-        fs::create_dir_all(&group).unwrap();
-        let target = format!("../../../../devices/pci0000:00/{address}");
-        symlink(target, group.join(address)).unwrap();
+        for (folder, up) in [
+            (&*group, "../../../.."),
+            ("sys/bus/pci/devices", "../../.."),
+        ] {
+            let folder = self.0.path().join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            let target = format!("{up}/devices/pci0000:00/{address}");
+            symlink(target, folder.join(address)).unwrap();
+        }
         self
     }
 
@@ -115,6 +122,29 @@ fn groups_are_listed_with_their_devices_and_drivers() {
     let all = "0000:00:04.0 1af4:1044 (mlx5_vfio_pci), 0000:00:04.1 1af4:1044 (no driver)";
     assert_eq!(found, all);
     assert!(named(&diagnosis, "group 12").follows.contains("bridge"));
+}
+
+#[test]
+fn each_device_of_vfio_is_ready_or_told_what_it_lacks() {
+    let host = Host::new();
+    host.device(1, "0000:01:00.0", "010802", Some("vfio-pci"))
+        .device(2, "0000:00:02.0", "020000", Some("e1000e"))
+        .file("proc/interrupts", " 24:  0  IR-PCI-MSI-0000:00:02.0\n")
+        .file("dev/vfio/1", "");
+    let name = "device 0000:01:00.0";
+    let diagnosis = host.diagnosis();
+    let finding = named(&diagnosis, name);
+    assert_eq!(finding.status, Status::Limited);
+    assert_eq!(finding.found, "/dev/vfio/vfio is not there");
+    let advice = finding.advice.as_deref().unwrap();
+    assert!(advice.starts_with("modprobe vfio-pci"), "{advice}");
+    let others = diagnosis.findings.iter();
+    let others = others.filter(|finding| finding.name.starts_with("device "));
+    assert_eq!(others.count(), 1, "those of VFIO only");
+    host.file("dev/vfio/vfio", "");
+    let finding = named(&host.diagnosis(), name).clone();
+    assert_eq!(finding.status, Status::Ok);
+    assert_eq!(finding.found, "can be opened by its group (type1)");
 }
 
 #[test]

@@ -4,18 +4,10 @@
 use std::io;
 
 use serde::Serialize;
+use vm_vpci::vfio::{self, Interface};
 
 use super::finding::{Finding, Status, Topic};
 use super::root::Root;
-
-/// VT-d extended capability: nested translation.
-const ECAP_NEST: u64 = 1 << 26;
-/// VT-d extended capability: scalable mode, which Linux nests in only.
-const ECAP_SMTS: u64 = 1 << 43;
-/// PCI base class of bridges, which stay with the host in any group.
-const CLASS_BRIDGE: u32 = 0x06;
-/// Drivers of the host that do not keep a group from being used.
-const HARMLESS_DRIVERS: [&str; 2] = ["pci-stub", "pcieport"];
 
 /// A device node, and what it is for.
 struct Node {
@@ -70,27 +62,6 @@ pub(crate) struct Device {
     pub(crate) cdev: Option<String>,
 }
 
-impl Device {
-    fn is_bridge(&self) -> bool {
-        u32::from_str_radix(&self.class, 16).is_ok_and(|class| class >> 16 == CLASS_BRIDGE)
-    }
-
-    /// True for vfio-pci and the variant drivers of vendors.
-    fn is_with_vfio(&self) -> bool {
-        self.driver.as_ref().is_some_and(|driver| {
-            driver == "vfio-pci" || driver.ends_with("_vfio_pci") || driver.ends_with("-vfio-pci")
-        })
-    }
-
-    /// True if the kernel lets user space use its group beside it.
-    fn is_harmless(&self) -> bool {
-        let Some(driver) = &self.driver else {
-            return true;
-        };
-        self.is_with_vfio() || HARMLESS_DRIVERS.contains(&driver.as_str())
-    }
-}
-
 /// An IOMMU group: devices that can only be passed through together.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Group {
@@ -100,6 +71,39 @@ pub(crate) struct Group {
     pub(crate) viable: bool,
     /// Its devices.
     pub(crate) devices: Vec<Device>,
+}
+
+impl From<&vfio::Iommu> for Iommu {
+    fn from(iommu: &vfio::Iommu) -> Self {
+        Self {
+            name: iommu.name.clone(),
+            kind: iommu.kind,
+            nested: iommu.nested,
+        }
+    }
+}
+
+impl From<&vfio::PciDevice> for Device {
+    fn from(device: &vfio::PciDevice) -> Self {
+        let device = device.clone();
+        Self {
+            address: device.address,
+            id: device.id,
+            class: device.class,
+            driver: device.driver,
+            cdev: device.cdev,
+        }
+    }
+}
+
+impl From<&vfio::IommuGroup> for Group {
+    fn from(group: &vfio::IommuGroup) -> Self {
+        Self {
+            id: group.id.to_string(),
+            viable: group.is_viable(),
+            devices: group.devices.iter().map(Device::from).collect(),
+        }
+    }
 }
 
 /// What the host has for passing devices through.
@@ -133,30 +137,25 @@ impl VfioFacts {
 
 /// Looks at everything that passing devices through needs.
 pub(super) fn examine(root: &Root, findings: &mut Vec<Finding>) -> VfioFacts {
+    let survey = vfio::survey(&root.path(""));
     let facts = VfioFacts {
-        iommus: root
-            .names("sys/class/iommu")
-            .into_iter()
-            .map(|name| iommu(root, name))
-            .collect(),
-        interrupt_remapping: root
-            .text("proc/interrupts")
-            .is_some_and(|text| text.contains(" IR-")),
+        iommus: survey.iommus.iter().map(Iommu::from).collect(),
+        interrupt_remapping: survey.interrupt_remapping,
         container: root.open("dev/vfio/vfio").is_ok(),
         iommufd: root.open("dev/iommu").is_ok(),
-        cdevs: root.names("dev/vfio/devices"),
-        groups: root
-            .names("sys/kernel/iommu_groups")
-            .into_iter()
-            .map(|id| group(root, id))
-            .collect(),
+        groups: survey.groups.iter().map(Group::from).collect(),
+        cdevs: survey.cdevs.clone(),
     };
     findings.push(iommu_finding(root, &facts.iommus));
     findings.push(nesting_finding(&facts.iommus));
-    findings.push(remapping_finding(root, &facts));
+    findings.push(remapping_finding(&survey));
     findings.extend(NODES.iter().map(|node| node_finding(root, node)));
     findings.push(cdev_finding(&facts.cdevs));
-    findings.extend(facts.groups.iter().map(group_finding));
+    for group in &survey.groups {
+        findings.push(group_finding(group));
+        let ours = group.devices.iter().filter(|device| device.is_with_vfio());
+        findings.extend(ours.map(|device| device_finding(root, &device.address)));
+    }
     if facts.groups.is_empty() {
         let none = Finding::new(Topic::PassThrough, "IOMMU groups", Status::Missing);
         findings.push(
@@ -165,52 +164,6 @@ pub(super) fn examine(root: &Root, findings: &mut Vec<Finding>) -> VfioFacts {
         );
     }
     facts
-}
-
-fn iommu(root: &Root, name: String) -> Iommu {
-    let base = format!("sys/class/iommu/{name}");
-    let ecap = root
-        .text(format!("{base}/intel-iommu/ecap"))
-        .and_then(|text| u64::from_str_radix(&text, 16).ok());
-    let kind = match ecap {
-        Some(_) => "intel",
-        None if root.has(format!("{base}/amd-iommu")) => "amd",
-        None => "other",
-    };
-    // The AMD driver does not nest for user space as of Linux 7.3 (docs/spec/vfio-rig.md,
-    // section 6), whatever the hardware can do.
-    let nested = ecap.is_some_and(|ecap| ecap & ECAP_NEST != 0 && ecap & ECAP_SMTS != 0);
-    Iommu { name, kind, nested }
-}
-
-fn group(root: &Root, id: String) -> Group {
-    let devices: Vec<Device> = root
-        .names(format!("sys/kernel/iommu_groups/{id}/devices"))
-        .into_iter()
-        .map(|address| device(root, &id, address))
-        .collect();
-    let ours = devices.iter().filter(|device| !device.is_bridge());
-    let viable = devices.iter().any(Device::is_with_vfio) && ours.clone().all(Device::is_harmless);
-    Group {
-        id,
-        viable,
-        devices,
-    }
-}
-
-fn device(root: &Root, group: &str, address: String) -> Device {
-    let base = format!("sys/kernel/iommu_groups/{group}/devices/{address}");
-    let hex = |file: &str| {
-        let text = root.text(format!("{base}/{file}")).unwrap_or_default();
-        text.trim_start_matches("0x").to_owned()
-    };
-    Device {
-        id: format!("{}:{}", hex("vendor"), hex("device")),
-        class: hex("class"),
-        driver: root.link(format!("{base}/driver")),
-        cdev: root.names(format!("{base}/vfio-dev")).into_iter().next(),
-        address,
-    }
 }
 
 fn iommu_finding(root: &Root, iommus: &[Iommu]) -> Finding {
@@ -262,28 +215,29 @@ fn nesting_finding(iommus: &[Iommu]) -> Finding {
     finding
 }
 
-fn remapping_finding(root: &Root, facts: &VfioFacts) -> Finding {
+fn remapping_finding(survey: &vfio::Survey) -> Finding {
     let finding = Finding::new(Topic::PassThrough, "interrupt remapping", Status::Ok);
-    if facts.interrupt_remapping {
+    if survey.interrupt_remapping {
         let follows = "a device's interrupts are confined, too";
         return finding.found("in use").follows(follows);
     }
-    let unsafe_interrupts =
-        root.text("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
-    if unsafe_interrupts.is_some_and(|text| text == "Y" || text == "1") {
+    if !survey.unsafe_interrupts.is_empty() {
+        let modules = survey.unsafe_interrupts.join(" and ");
         return finding
             .status(Status::Limited)
-            .found("not in use, and allowed to be")
+            .found(format!("not in use, and allowed to be by {modules}"))
             .follows("a passed-through device can send any interrupt to this host")
             .advise("switch interrupt remapping on in the firmware");
     }
     let finding = finding.status(Status::Missing).found("not in use");
-    if facts.iommus.is_empty() {
+    if survey.iommus.is_empty() {
         return finding.follows("it comes with an IOMMU");
     }
     finding
         .follows("VFIO refuses devices (EPERM)")
-        .advise("switch it on in the firmware, or set allow_unsafe_interrupts of vfio_iommu_type1")
+        .advise(
+            "switch it on in the firmware, or set allow_unsafe_interrupts of vfio_iommu_type1 or iommufd",
+        )
 }
 
 fn node_finding(root: &Root, node: &Node) -> Finding {
@@ -321,7 +275,7 @@ fn cdev_finding(cdevs: &[String]) -> Finding {
         .follows("these devices can be used through iommufd")
 }
 
-fn group_finding(group: &Group) -> Finding {
+fn group_finding(group: &vfio::IommuGroup) -> Finding {
     let devices: Vec<_> = group
         .devices
         .iter()
@@ -332,27 +286,56 @@ fn group_finding(group: &Group) -> Finding {
         .collect();
     let name = format!("group {}", group.id);
     let finding = Finding::new(Topic::PassThrough, &name, Status::Ok).found(devices.join(", "));
-    if group.viable {
+    if group.is_viable() {
         return finding.follows("ready to be passed through");
     }
-    let in_use = |device: &&Device| !device.is_bridge() && !device.is_harmless();
     let with_host: Vec<_> = group
         .devices
         .iter()
-        .filter(in_use)
+        .filter(|device| device.is_with_host())
         .map(|device| device.address.as_str())
         .collect();
-    if group.devices.iter().any(Device::is_with_vfio) {
+    if group.devices.iter().any(vfio::PciDevice::is_with_vfio) {
         return finding
             .status(Status::Limited)
             .follows("VFIO refuses the group while the host uses a part of it")
             .advise(format!("unbind {}", with_host.join(", ")));
     }
     let finding = finding.status(Status::Note);
-    if group.devices.iter().all(Device::is_bridge) {
+    if group.devices.iter().all(vfio::PciDevice::is_bridge) {
         return finding.follows("a bridge, which stays with the host");
     }
     finding
         .follows("the host's own")
         .advise("driver_override vfio-pci for each device, if it is to be passed through")
+}
+
+/// Whether a device that is bound to vfio-pci could be given to a guest now.
+fn device_finding(root: &Root, address: &str) -> Finding {
+    let name = format!("device {address}");
+    let finding = Finding::new(Topic::PassThrough, &name, Status::Ok);
+    match vfio::check(&root.path(""), address, Interface::Auto) {
+        Ok(facts) => {
+            let found = match facts.interface {
+                Interface::Iommufd => "can be opened by iommufd",
+                _ => "can be opened by its group (type1)",
+            };
+            finding
+                .found(found)
+                .follows(format!("--vpci vfio,host={address}"))
+        }
+        Err(error) => {
+            // It begins with the address.
+            let text = error.to_string();
+            let text = text.strip_prefix(address).unwrap_or(&text);
+            let text = text.trim_start_matches(": ");
+            let (found, advice) = text.split_once("; ").unwrap_or((text, ""));
+            let finding = finding.status(Status::Limited).found(found);
+            let finding = finding.follows("it cannot be passed through as it is");
+            if advice.is_empty() {
+                return finding;
+            }
+            finding.advise(advice)
+        }
+    }
 }

@@ -340,6 +340,7 @@ impl Prepared {
         fs::create_dir(share)?;
         fs::copy(&self.binaries.vmm, share.join("vpci-vmm"))?;
         fs::copy(&self.binaries.nested_mock, share.join("nested-mock"))?;
+        fs::copy(&self.binaries.vfio_host, share.join("vfio-host"))?;
         for (family, image) in &self.guests {
             link(&image.kernel, &share.join(scenarios::kernel_file(family)))?;
             link(&image.initrd, &share.join(scenarios::initrd_file(family)))?;

@@ -31,6 +31,8 @@ const REFUSAL_LIMIT_S: u64 = 60;
 const CONFORMANCE_LIMIT_S: u64 = 900;
 /// Time limit of the calls to the kernel's mock IOMMU in seconds.
 const NESTED_MOCK_LIMIT_S: u64 = 60;
+/// Time limit of L1's devices without a guest in seconds.
+const VFIO_HOST_LIMIT_S: u64 = 240;
 
 /// Bus GUIDs: Data2 is the PCI domain, different for each bus of a guest.
 const BUS_A: &str = "6c3a5f2e-1a2b-4c3d-8e4f-5a6b7c8d9e01";
@@ -99,6 +101,12 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(hotplug("linux-7")),
         optional(reuse_id("linux-7")),
         optional(nested_mock()),
+        optional(vfio_host("vfio-host", "type1", None)),
+        optional(vfio_host(
+            "vfio-host-iommufd",
+            "iommufd",
+            Some("linux-7-pviommu"),
+        )),
         optional(multifunction("linux-7")),
         optional(kexec("linux-7")),
         optional(snapshot("linux-7")),
@@ -584,6 +592,29 @@ fn nested_mock() -> Scenario {
         ..scenario(
             "vfio-nested-mock",
             "nested first-stage tables on the mock IOMMU of L1's kernel, call by call",
+            Vec::new(),
+        )
+    }
+}
+
+/// What the DMA of L1's devices reaches, without a guest, by one of the kernel's interfaces.
+fn vfio_host(name: &str, interface: &str, kernel: Option<&str>) -> Scenario {
+    let words = ["edu", "shared-edu-1", "shared-edu-2"];
+    let devices: Vec<_> = words.into_iter().filter_map(devices::named).collect();
+    let addresses: Vec<_> = devices.iter().map(|d| d.address.to_string()).collect();
+    Scenario {
+        l1: L1 {
+            kernel: kernel.map(String::from),
+            devices,
+        },
+        exec: Some(format!(
+            "/host/vfio-host {interface} {}",
+            addresses.join(" ")
+        )),
+        time_limit_s: VFIO_HOST_LIMIT_S,
+        ..scenario(
+            name,
+            "devices of L1 through the library alone: domains, moves, groups, limits",
             Vec::new(),
         )
     }
