@@ -336,7 +336,7 @@ impl Bed {
     fn spaces(&self, edu: &Edu, steps: &mut Steps) -> Result {
         let dma = self.dma(edu)?;
         dma.attach(&paged(5, 0x4000))?;
-        let space = self.paging.space().ok_or("no address space")?;
+        let space = self.paging.take_space().ok_or("no address space")?;
         println!("   {:x?}", space.limits());
         steps.hold(
             "the interrupt range is no address",
@@ -374,6 +374,7 @@ impl Bed {
         )?;
         self.many(&*space, steps)?;
         drop(dma);
+        drop(space);
         Ok(())
     }
 

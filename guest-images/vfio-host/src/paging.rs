@@ -25,10 +25,10 @@ impl Given {
         })
     }
 
-    /// The address space that was filled last.
-    pub(crate) fn space(&self) -> Option<Arc<dyn AddressSpace>> {
+    /// Takes the address space that was filled last. Whoever keeps it keeps its container open.
+    pub(crate) fn take_space(&self) -> Option<Arc<dyn AddressSpace>> {
         let last = self.last.lock();
-        last.ok()?.clone()
+        last.ok()?.take()
     }
 }
 
