@@ -45,7 +45,7 @@ pub use lines::{DEFAULT_MAX_LINES, KvmLines, KvmRoutes, RouteTable};
 pub use msi::KvmMsiSink;
 pub use probe::ProbeFault;
 pub use sint::{IRQCHIP_GSIS, KvmSintLines, irqchip_routes};
-pub use store::{StepError, answer_store, is_emulation_failure, step_over};
+pub use store::{InternalError, StepError, answer_store, internal_error, step_over};
 pub use tracking::KvmRam;
 
 /// Input clock of KVM's in-kernel local APIC timer in Hz, unless the VMM changed it with

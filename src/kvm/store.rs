@@ -5,7 +5,8 @@ use std::io;
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_MMIO, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE,
-    KVM_GUESTDBG_SINGLESTEP, KVM_INTERNAL_ERROR_EMULATION, kvm_guest_debug,
+    KVM_GUESTDBG_SINGLESTEP, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    kvm_guest_debug,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -102,16 +103,33 @@ fn read_before(vcpu: &VcpuFd, ram: &GuestRam, rip: u64, code: &mut [u8; MAX_LEN]
     len
 }
 
-/// True if `vcpu` just left the guest because KVM cannot emulate an instruction, which may be a store
-/// to a tracked page.
-pub fn is_emulation_failure(vcpu: &mut VcpuFd) -> bool {
+/// What KVM could not do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InternalError {
+    /// Emulate an instruction, which may be a store to a tracked page.
+    Emulation,
+    /// Emulate an access that was made while an event was delivered, or that seems so: on AMD KVM looks
+    /// at the type of the event alone and not at whether there is one (kernel:
+    /// arch/x86/kvm/svm/svm.c, svm_check_emulate_instruction). Seen in the rig for plain stores to a
+    /// tracked page; a vCPU that entered the guest once more came through.
+    Delivery,
+    /// Something else, by its number.
+    Other(u32),
+}
+
+/// What KVM could not do, if `vcpu` just left the guest for that.
+pub fn internal_error(vcpu: &mut VcpuFd) -> Option<InternalError> {
     let run = vcpu.get_kvm_run();
     if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
-        return false;
+        return None;
     }
     // SAFETY: KVM fills the `internal` member for KVM_EXIT_INTERNAL_ERROR, and it is plain data.
     let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-    suberror == KVM_INTERNAL_ERROR_EMULATION
+    Some(match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => InternalError::Emulation,
+        KVM_INTERNAL_ERROR_DELIVERY_EV => InternalError::Delivery,
+        other => InternalError::Other(other),
+    })
 }
 
 /// Why an instruction that KVM cannot emulate was not executed either. The guest cannot go on.

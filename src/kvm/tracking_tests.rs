@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::tracking::KvmRam;
-use super::{answer_store, is_emulation_failure, prepare_vcpu, prepare_vm, step_over};
+use super::{InternalError, answer_store, internal_error, prepare_vcpu, prepare_vm, step_over};
 use crate::backend::shadow::tests::FakeSpace;
 use crate::backend::shadow::{Shadow, ShadowBackend, ShadowConfig};
 use crate::backend::{PagedBackend, PagedDomain};
@@ -219,7 +219,7 @@ impl Bed {
             Ok(VcpuExit::IoOut(0x11, _)) => return false,
             Ok(VcpuExit::MmioWrite(..)) => assert!(answer_store(fd, &self.shadow)),
             Ok(VcpuExit::InternalError) => {
-                assert!(is_emulation_failure(fd));
+                assert_eq!(internal_error(fd), Some(InternalError::Emulation));
                 step_over(fd, &self.shadow, &self.ram).unwrap();
             }
             Ok(VcpuExit::Intr) => {}

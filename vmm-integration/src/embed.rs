@@ -24,7 +24,8 @@ use vm_vpci::devices::virtio::{Blk, BlkConfig, MAX_BLK_QUEUES, Rng, RngConfig, V
 use vm_vpci::kvm::cpuid::{CpuidOptions, VcpuPlace, guest_cpuid};
 use vm_vpci::kvm::hybrid::HybridSupport;
 use vm_vpci::kvm::{
-    self, HostSupport, HypervExit, KvmDoorbells, KvmError, KvmMsiSink, KvmSintLines, StepError,
+    self, HostSupport, HypervExit, InternalError, KvmDoorbells, KvmError, KvmMsiSink, KvmSintLines,
+    StepError,
 };
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
@@ -46,6 +47,10 @@ use crate::passthrough::PassThrough;
 use crate::report::{DmaReport, DomainReport, FirstStageReport, FunctionReport, VectorReport};
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
+
+/// Entries into the guest, one after the other, that KVM may end because an access was made while an
+/// event was delivered.
+const MAX_TRIES: u32 = 8;
 
 /// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
 /// for every disk queue, up to this many.
@@ -485,17 +490,32 @@ impl Embedding {
     }
 
     /// An instruction that KVM cannot emulate: if it may be a store to a tracked page, executes it.
+    /// `tries` counts how often in a row the vCPU was sent back into the guest to try anew. Names what is
+    /// not about tracked pages.
     ///
     /// # Errors
     ///
     /// [`StepError`]; the vCPU cannot go on.
-    pub(crate) fn step_over(&self, vcpu: &mut VcpuFd) -> Result<bool, StepError> {
-        match &self.shadow {
-            Some(shadow) if kvm::is_emulation_failure(vcpu) => {
-                kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| true)
+    pub(crate) fn step_over(
+        &self,
+        vcpu: &mut VcpuFd,
+        tries: &mut u32,
+    ) -> Result<Option<InternalError>, StepError> {
+        let error = kvm::internal_error(vcpu);
+        let Some(shadow) = &self.shadow else {
+            return Ok(error);
+        };
+        match error {
+            Some(InternalError::Delivery) if *tries < MAX_TRIES => {
+                *tries += 1;
+                return Ok(None);
             }
-            _ => Ok(false),
+            Some(InternalError::Delivery) => {}
+            Some(InternalError::Emulation) => {}
+            other => return Ok(other),
         }
+        *tries = 0;
+        kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| None)
     }
 
     /// The machine is being reset; no vCPU runs.

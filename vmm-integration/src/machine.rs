@@ -180,6 +180,7 @@ impl Machine {
             index,
             fd,
             initial,
+            tries: 0,
             shared: self.shared.clone(),
         };
         vcpu.reset()?;

@@ -101,6 +101,8 @@ pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
     /// State after power-on.
     pub(crate) initial: InitialState,
+    /// Entries into the guest since KVM last got an instruction done.
+    pub(crate) tries: u32,
     /// Shared with the others.
     pub(crate) shared: Arc<Shared>,
 }
@@ -223,6 +225,9 @@ impl Vcpu {
             Err(error) => return self.failed(format!("KVM_RUN fails: {error}")),
         };
         shared.exits.fetch_add(1, Ordering::Relaxed);
+        if !matches!(exit, VcpuExit::InternalError) {
+            self.tries = 0;
+        }
         match exit {
             VcpuExit::IoOut(port, _) if shared.embedding.is_hypercall_port(port) => {
                 if let Err(error) = shared.embedding.hypercall(&mut self.fd) {
@@ -253,11 +258,15 @@ impl Vcpu {
                 Err(error) => return self.failed(format!("hypercall: {error}")),
             },
             VcpuExit::Intr => return Next::Interrupted,
-            VcpuExit::InternalError => match shared.embedding.step_over(&mut self.fd) {
-                Ok(true) => {}
-                Ok(false) => return self.failed("an internal error of KVM".into()),
-                Err(error) => return self.failed(error.to_string()),
-            },
+            VcpuExit::InternalError => {
+                match shared.embedding.step_over(&mut self.fd, &mut self.tries) {
+                    Ok(None) => {}
+                    Ok(Some(error)) => {
+                        return self.failed(format!("an internal error of KVM: {error:?}"));
+                    }
+                    Err(error) => return self.failed(error.to_string()),
+                }
+            }
             // A triple fault: what a processor answers with a reset of the machine.
             VcpuExit::Shutdown => return Next::Report(GuestEvent::Reset),
             other => {
