@@ -8,7 +8,7 @@
 //! | [`input`] | what a hostile guest and the VM's operator do, as types that any bytes decode to |
 //! | [`values`] | the values in it: mostly such as mean something, sometimes any |
 //! | [`edit`] | changes to a saved partition |
-//! | [`unit`] | a pvIOMMU alone, and a plain walk of tables to compare it with |
+//! | [`mod@unit`] | a pvIOMMU alone, and a plain walk of tables to compare it with |
 //!
 //! `docs/fuzzing.md` says how to run it.
 #![forbid(unsafe_code)]

@@ -110,8 +110,8 @@ pub enum InternalError {
     Emulation,
     /// Emulate an access that was made while an event was delivered, or that seems so: on AMD KVM looks
     /// at the type of the event alone and not at whether there is one (kernel:
-    /// arch/x86/kvm/svm/svm.c, svm_check_emulate_instruction). Seen in the rig for plain stores to a
-    /// tracked page; a vCPU that entered the guest once more came through.
+    /// arch/x86/kvm/svm/svm.c, svm_check_emulate_instruction), and QEMU's processor leaves the type of
+    /// the last event that the guest took. A vCPU that enters the guest once more comes through then.
     Delivery,
     /// Something else, by its number.
     Other(u32),

@@ -502,20 +502,16 @@ impl Embedding {
         tries: &mut u32,
     ) -> Result<Option<InternalError>, StepError> {
         let error = kvm::internal_error(vcpu);
-        let Some(shadow) = &self.shadow else {
-            return Ok(error);
-        };
-        match error {
-            Some(InternalError::Delivery) if *tries < MAX_TRIES => {
-                *tries += 1;
-                return Ok(None);
-            }
-            Some(InternalError::Delivery) => {}
-            Some(InternalError::Emulation) => {}
-            other => return Ok(other),
+        if error == Some(InternalError::Delivery) && *tries < MAX_TRIES {
+            *tries += 1;
+            return Ok(None);
         }
-        *tries = 0;
-        kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| None)
+        match (error, &self.shadow) {
+            (Some(InternalError::Delivery | InternalError::Emulation), Some(shadow)) => {
+                kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| None)
+            }
+            (other, _) => Ok(other),
+        }
     }
 
     /// The machine is being reset; no vCPU runs.
