@@ -110,7 +110,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(multifunction("linux-7")),
         optional(kexec("linux-7")),
         optional(snapshot("linux-7")),
-        optional(passthrough(
+        required(passthrough(
             "vfio-nvme",
             "an NVMe controller of the host, by VFIO groups and type 1",
             &["nvme"],
