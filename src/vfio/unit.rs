@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use super::error::VfioError;
-use super::moves::{MoveError, Mover};
+use super::moves::{Left, MoveError, Mover};
 use crate::pviommu::{Attachment, FlushRange, Translation};
 
 /// A device of a unit.
@@ -29,6 +29,9 @@ pub(super) struct Unit<M> {
     group: u32,
     members: Vec<Member>,
     mover: M,
+    /// A move failed and the devices are not where they are wanted. Whatever comes next tries again,
+    /// so that what the kernel did not take away does not stay reachable until somebody moves.
+    astray: bool,
 }
 
 /// Why a device was not moved.
@@ -54,6 +57,7 @@ impl<M: Mover> Unit<M> {
             group,
             members: Vec::new(),
             mover,
+            astray: false,
         }
     }
 
@@ -98,9 +102,20 @@ impl<M: Mover> Unit<M> {
     }
 
     fn settle(&mut self) {
-        if let Err(error) = self.mover.go(self.common()) {
+        if let Err(error) = self.go() {
             log::error!("group {}: {error}", self.group);
         }
+    }
+
+    /// Moves the devices where all can be.
+    fn go(&mut self) -> Result<(), MoveError> {
+        let result = self.mover.go(self.common());
+        // What failed and changed nothing leaves astray what was so.
+        self.astray = match &result {
+            Ok(()) => false,
+            Err(error) => self.astray || error.left != Left::Unchanged,
+        };
+        result
     }
 
     /// True if no device is left.
@@ -113,6 +128,9 @@ impl<M: Mover> Unit<M> {
         let Some(at) = self.members.iter().position(|member| member.id == id) else {
             return Ok(());
         };
+        if self.astray {
+            self.settle();
+        }
         let blocks = to.translation == Translation::Blocked;
         if !blocks {
             self.check_others(id, to)?;
@@ -125,7 +143,7 @@ impl<M: Mover> Unit<M> {
                 member.wanted.translation = to.translation;
             }
         }
-        self.mover.go(self.common()).map_err(|error| {
+        self.go().map_err(|error| {
             for (member, former) in self.members.iter_mut().zip(former) {
                 member.wanted = former;
             }

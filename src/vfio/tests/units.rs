@@ -131,6 +131,26 @@ fn a_move_that_the_kernel_refuses_changes_no_mind() {
     }
 }
 
+#[test]
+fn what_the_kernel_did_not_take_away_goes_with_the_next_try() {
+    let fake = Fake::default();
+    let mut unit = unit(&fake, false);
+    for (id, name) in [(A, "a"), (B, "b")] {
+        unit.join(id, name).unwrap();
+        unit.attach(id, &BLOCKED).unwrap();
+    }
+    unit.attach(B, &paged(5, 2)).unwrap();
+    // The first page is mapped, the second is not, and the first cannot be taken away again.
+    unit.attach(B, &BLOCKED).unwrap();
+    unit.attach(A, &paged(5, 2)).unwrap();
+    fake.break_after(1, 2);
+    assert!(unit.attach(B, &paged(5, 1)).is_err());
+    assert!(!fake.reach().is_empty(), "the fault of this test");
+    fake.repair();
+    assert!(unit.attach(B, &paged(6, 1)).is_err(), "another domain");
+    assert!(fake.reach().is_empty(), "B is blocked");
+}
+
 proptest! {
     /// Random moves of three devices with a kernel that fails now and then. What the devices reach
     /// is at all times what one of them may have, and what all may have if all went well.
