@@ -370,6 +370,7 @@ mod tests {
                     strays: true,
                     left: false,
                 }],
+                trace: true,
             },
             time_limit_s: 300,
             runs: vec![run()],

@@ -35,9 +35,18 @@ pub(crate) enum GuestEvent {
     /// Power the VM off.
     PowerOff,
     /// Reset it.
-    Reset,
+    Reset(ResetCause),
     /// It cannot go on.
     Failed(String),
+}
+
+/// How a guest resets its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ResetCause {
+    /// By the reset register.
+    Register,
+    /// By a triple fault of this vCPU. Few guests mean to.
+    TripleFault(u32),
 }
 
 /// One command for all vCPUs, and how far each has got.
@@ -220,6 +229,8 @@ mod tests {
         assert!(kicks.load(Ordering::Relaxed) >= 40);
     }
 
+    const RESET: GuestEvent = GuestEvent::Reset(ResetCause::Register);
+
     #[test]
     fn an_event_holds_its_vcpu_until_the_next_command() {
         let control = Arc::new(Control::new(1).unwrap());
@@ -227,7 +238,7 @@ mod tests {
         let vcpu = {
             let control = control.clone();
             thread::spawn(move || {
-                control.report(GuestEvent::Reset);
+                control.report(RESET);
                 control.wanted()
             })
         };
@@ -238,7 +249,7 @@ mod tests {
             }
             thread::yield_now();
         };
-        assert_eq!(events, [GuestEvent::Reset]);
+        assert_eq!(events, [RESET]);
         assert!(!vcpu.is_finished());
         control.order(Command::Quit);
         assert_eq!(vcpu.join().unwrap(), Command::Quit);

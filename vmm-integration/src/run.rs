@@ -13,7 +13,7 @@ use kvm_ioctls::Kvm;
 use crate::api::{MachineState, Order, Orders, Refusal, RefusalKind, Server};
 use crate::cli::RunArgs;
 use crate::console::RawTerminal;
-use crate::control::GuestEvent;
+use crate::control::{GuestEvent, ResetCause};
 use crate::embed::Functions;
 use crate::error::Error;
 use crate::kernel::{self, BootSource};
@@ -163,20 +163,25 @@ fn drive(
         if state == MachineState::Ending {
             return Ok(End::Quit);
         }
-        let mut reset = false;
+        let mut reset = None;
         for event in machine.shared().control.take_events() {
             match event {
                 GuestEvent::PowerOff => return Ok(End::PowerOff),
                 GuestEvent::Failed(why) => return Err(Error::Guest(why)),
-                GuestEvent::Reset => reset = true,
+                GuestEvent::Reset(cause) => reset = Some(cause),
             }
         }
-        if reset {
+        if let Some(cause) = reset {
             *resets += 1;
             if *resets > MAX_RESETS {
                 return Err(Error::ResetLimit(MAX_RESETS));
             }
-            log::info!("the guest resets the machine");
+            match cause {
+                ResetCause::Register => log::info!("the guest resets the machine"),
+                ResetCause::TripleFault(vcpu) => {
+                    log::warn!("the machine is reset by a triple fault of the guest's vCPU {vcpu}");
+                }
+            }
             machine.pause();
             // What other vCPUs asked for meanwhile is void.
             let _ = machine.shared().control.take_events();

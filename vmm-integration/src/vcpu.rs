@@ -12,7 +12,7 @@ use vm_vpci::gate::RunGate;
 use vm_vpci::kvm;
 
 use crate::console::ConsolePorts;
-use crate::control::{Command, Control, GuestEvent};
+use crate::control::{Command, Control, GuestEvent, ResetCause};
 use crate::embed::Embedding;
 use crate::kernel::Entry;
 use crate::long_mode;
@@ -237,7 +237,9 @@ impl Vcpu {
             VcpuExit::IoOut(port, data) => match shared.ports.write(port, data) {
                 PortAction::None => {}
                 PortAction::PowerOff => return Next::Report(GuestEvent::PowerOff),
-                PortAction::Reset => return Next::Report(GuestEvent::Reset),
+                PortAction::Reset => {
+                    return Next::Report(GuestEvent::Reset(ResetCause::Register));
+                }
                 PortAction::Mark(id) => shared.marks.add(|| shared.mark(id)),
             },
             VcpuExit::IoIn(port, data) => shared.ports.read(port, data),
@@ -268,7 +270,10 @@ impl Vcpu {
                 }
             }
             // A triple fault: what a processor answers with a reset of the machine.
-            VcpuExit::Shutdown => return Next::Report(GuestEvent::Reset),
+            VcpuExit::Shutdown => {
+                let cause = ResetCause::TripleFault(self.index);
+                return Next::Report(GuestEvent::Reset(cause));
+            }
             other => {
                 let what = format!("KVM gives up on the guest: {other:?}");
                 return self.failed(what);

@@ -16,6 +16,9 @@ pub struct L1 {
     /// their drivers. With any, L1's computer has an IOMMU in front of its devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<HostDevice>,
+    /// Whether what KVM does is recorded, and the last of it shown if a run fails.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub trace: bool,
 }
 
 /// A device of L1 for pass-through.

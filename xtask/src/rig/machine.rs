@@ -12,6 +12,7 @@ use guest_images::scenario::HostDevice;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process_group;
+use std::cell::Cell;
 use std::fs::File;
 use std::io::BufRead;
 use std::io::BufReader;
@@ -33,6 +34,12 @@ use std::time::Instant;
 
 /// Longest console line that is looked at in one piece; longer ones come in several.
 const LINE_MAX: u64 = 4 << 20;
+
+/// A machine that used less than [`ASLEEP_TICKS`] of processor time in this time is asleep: the timer
+/// of an idle Linux alone takes more.
+const ASLEEP_AFTER: Duration = Duration::from_secs(60);
+/// In hundredths of a second, the unit of `/proc/PID/stat`.
+const ASLEEP_TICKS: u64 = 20;
 
 /// What a machine starts with.
 #[derive(Debug)]
@@ -57,6 +64,15 @@ pub(crate) struct Machine {
     child: Child,
     lines: Receiver<String>,
     start: Instant,
+    pulse: Cell<Pulse>,
+}
+
+/// When the machine was last seen to do anything.
+#[derive(Clone, Copy, Debug)]
+struct Pulse {
+    at: Instant,
+    /// Ticks of processor time that it had used by then.
+    ticks: u64,
 }
 
 /// Why [`Machine::watch`] stopped.
@@ -68,6 +84,9 @@ pub(crate) enum End<T> {
     Ended,
     /// The time limit came before.
     TimedOut,
+    /// The machine has done next to nothing for [`ASLEEP_AFTER`]: it has lost its timers, and nothing
+    /// will wake it (docs/testing.md, "What the emulator can break").
+    Asleep,
     /// The user, or whatever started this program, wants it to end.
     Interrupted,
 }
@@ -94,6 +113,7 @@ impl Machine {
             child,
             lines,
             start: Instant::now(),
+            pulse: Cell::new(Pulse::new()),
         })
     }
 
@@ -118,6 +138,9 @@ impl Machine {
             if self.elapsed() >= limit {
                 return End::TimedOut;
             }
+            if self.is_asleep(ASLEEP_AFTER) {
+                return End::Asleep;
+            }
             let line = match self.lines.recv_timeout(Duration::from_millis(250)) {
                 Ok(line) => Some(line),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -127,6 +150,22 @@ impl Machine {
                 return End::Found(found);
             }
         }
+    }
+
+    /// Whether the machine has done next to nothing for `time`.
+    fn is_asleep(&self, time: Duration) -> bool {
+        let pulse = self.pulse.get();
+        if pulse.at.elapsed() < time / 4 {
+            return false;
+        }
+        let Some(ticks) = ticks(self.child.id()) else {
+            return false;
+        };
+        if ticks >= pulse.ticks + ASLEEP_TICKS {
+            let at = Instant::now();
+            self.pulse.set(Pulse { at, ticks });
+        }
+        self.pulse.get().at.elapsed() >= time
     }
 
     /// Waits for the machine to power off by itself, at most `limit`.
@@ -140,6 +179,22 @@ impl Machine {
         }
         false
     }
+}
+
+impl Pulse {
+    fn new() -> Self {
+        let at = Instant::now();
+        Self { at, ticks: 0 }
+    }
+}
+
+/// Processor time of a process and all its threads, in user and kernel mode.
+fn ticks(process: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name in brackets may hold blanks; then fields from the third on (proc(5)).
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut times = rest.split_ascii_whitespace().skip(14 - 3);
+    Some(times.next()?.parse::<u64>().ok()? + times.next()?.parse::<u64>().ok()?)
 }
 
 impl Drop for Machine {
@@ -238,6 +293,7 @@ mod tests {
             child,
             lines,
             start: Instant::now(),
+            pulse: Cell::new(Pulse::new()),
         }
     }
 
@@ -290,6 +346,22 @@ mod tests {
             machine("sleep 60").watch(LONG, &yes, never),
             End::Interrupted
         );
+    }
+
+    #[test]
+    fn a_machine_that_does_nothing_is_asleep() {
+        let asleep = |script: &str| {
+            let machine = machine(script);
+            let start = Instant::now();
+            let mut asleep = false;
+            while !asleep && start.elapsed() < Duration::from_secs(2) {
+                std::thread::sleep(Duration::from_millis(50));
+                asleep = machine.is_asleep(Duration::from_millis(800));
+            }
+            asleep
+        };
+        assert!(asleep("sleep 60"));
+        assert!(!asleep("while :; do :; done"));
     }
 
     #[test]

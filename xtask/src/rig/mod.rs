@@ -75,6 +75,9 @@ pub(crate) struct Options {
     /// Show the serial console.
     #[arg(long, short)]
     verbose: bool,
+    /// Record what KVM does in L1, and show the last of it on the console if a run fails. Slower.
+    #[arg(long, conflicts_with_all = ["list", "shell_command"])]
+    trace: bool,
     /// Run CMD in L1 with busybox' shell instead of a scenario, and print its output. L1 has
     /// /dev/kvm, and in /host the static vpci-vmm with FAMILY.vmlinuz and FAMILY.initramfs of
     /// every kernel family.
@@ -139,6 +142,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 Some(list) => devices::parse(list)?,
                 None => Vec::new(),
             },
+            trace: false,
         };
         let mut families: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         // A kernel that is there anyway may be a guest's as well.
@@ -147,7 +151,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let prepared = Prepared::new(&families, &own)?;
         return shell::run(&prepared, command, &options.file, &l1, scale);
     }
-    let selected = if options.all {
+    let mut selected = if options.all {
         scenarios::all()
             .into_iter()
             .map(|entry| entry.scenario)
@@ -158,6 +162,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if selected.is_empty() {
         print!("{}", list());
         return Err(Failure::Usage("no scenario given: name some, or --all".into()).into());
+    }
+    for scenario in &mut selected {
+        scenario.l1.trace = options.trace;
     }
     let prepared = Prepared::for_scenarios(&selected)?;
     let interrupted = machine::interruption()?;
@@ -451,8 +458,8 @@ fn boot<T>(
         });
         let early = match end {
             End::Found(()) => None,
-            End::TimedOut if attempt < BOOTS => {
-                let seconds = limit.as_secs();
+            End::TimedOut | End::Asleep if attempt < BOOTS => {
+                let seconds = machine.elapsed().as_secs();
                 eprintln!(
                     "{}: L1 has not booted in {seconds} s; starting it again",
                     progress.name
@@ -462,6 +469,7 @@ fn boot<T>(
                 continue;
             }
             End::TimedOut => Some(End::TimedOut),
+            End::Asleep => Some(End::Asleep),
             End::Ended => Some(End::Ended),
             End::Interrupted => Some(End::Interrupted),
         };

@@ -47,6 +47,7 @@ impl Outcome {
             End::Interrupted => (None, vec!["interrupted".into()]),
             End::Ended => (None, without_verdict("L1 ended without a verdict", log)),
             End::TimedOut => (None, without_verdict("time limit without a verdict", log)),
+            End::Asleep => (None, without_verdict("L1 has fallen asleep", log)),
         };
         let said_pass = verdict.as_ref().is_some_and(|verdict| {
             verdict.pass && verdict.failures.is_empty() && verdict.runs.iter().all(|run| run.pass)

@@ -376,8 +376,8 @@ fn passthrough(name: &str, description: &str, words: &[&str]) -> Scenario {
     let runs = runs.into_iter().filter(|run| !run.functions.is_empty());
     Scenario {
         l1: L1 {
-            kernel: None,
             devices: all.clone(),
+            ..L1::default()
         },
         ..scenario(name, description, runs.collect())
     }
@@ -467,8 +467,8 @@ fn vfio_group() -> Scenario {
     });
     let bound = ["shared-edu-1", "shared-edu-2"].map(devices::named);
     let l1 = L1 {
-        kernel: None,
         devices: bound.into_iter().chain([left]).flatten().collect(),
+        ..L1::default()
     };
     let refused = |name: &str, host: &str, words: &[&str]| Run {
         name: name.into(),
@@ -609,6 +609,7 @@ fn vfio_host(name: &str, interface: &str, kernel: Option<&str>) -> Scenario {
         l1: L1 {
             kernel: kernel.map(String::from),
             devices,
+            ..L1::default()
         },
         exec: Some(format!(
             "/host/vfio-host {interface} {}",
@@ -817,7 +818,9 @@ mod tests {
     #[test]
     fn each_passed_through_device_is_there_and_goes_to_one_run() {
         for entry in all() {
-            let L1 { kernel, devices } = &entry.scenario.l1;
+            let L1 {
+                kernel, devices, ..
+            } = &entry.scenario.l1;
             if let Some(name) = kernel {
                 assert!(
                     kernel::family(name)

@@ -93,6 +93,7 @@ pub(crate) fn run(
         }
         End::Found(status) => format!("the command ended with status {status}"),
         End::Ended => format!("L1 ended before the command did; see {log}"),
+        End::Asleep => format!("L1 has fallen asleep; see {log}"),
         End::TimedOut => format!("not done after {} s; see {log}", limit.as_secs()),
         End::Interrupted => "interrupted".into(),
     };

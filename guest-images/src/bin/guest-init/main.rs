@@ -33,6 +33,7 @@ mod rig;
 mod rng;
 mod saves;
 mod system;
+mod trace;
 mod vfio;
 mod vfio_user;
 mod vmm;

@@ -3,7 +3,7 @@
 use crate::bounded::bounded;
 use crate::system::{self, put, say, step};
 use crate::vmm::{self, Files};
-use crate::{End, kexec, kmsg, passthrough};
+use crate::{End, kexec, kmsg, passthrough, trace};
 use anyhow::{Context, Result};
 use guest_images::allow::AllowList;
 use guest_images::host::HostReport;
@@ -121,6 +121,9 @@ fn judge_all(scenario: &Scenario) -> Verdict {
     };
     for run in &scenario.runs {
         step(format!("run {}", run.name));
+        if scenario.l1.trace {
+            trace::start();
+        }
         let judged = one_run(run, &allow).unwrap_or_else(|error| RunVerdict {
             name: run.name.clone(),
             pass: false,
@@ -131,6 +134,9 @@ fn judge_all(scenario: &Scenario) -> Verdict {
         });
         for failure in &judged.failures {
             say(&format!("vpci: run {}: FAILED: {failure}", run.name));
+        }
+        if scenario.l1.trace && !judged.pass {
+            trace::show();
         }
         verdict.runs.push(judged);
     }
