@@ -53,6 +53,7 @@ pub(crate) enum ResetCause {
 #[derive(Debug)]
 pub(crate) struct Control {
     wanted: AtomicU8,
+    /// What each thread has carried out and waits in, [`Command::Run`] while it does not wait.
     reached: Mutex<Vec<Command>>,
     changed: Condvar,
     events: Mutex<Vec<GuestEvent>>,
@@ -97,6 +98,11 @@ impl Control {
         self.changed.notify_all();
         while self.wanted() == command {
             reached = wait(&self.changed, reached);
+        }
+        // It must say so anew when the same command comes again. Not cleared where commands are
+        // given: a thread that sleeps through Run and finds its command in force again stays here.
+        if let Some(slot) = reached.get_mut(vcpu) {
+            *slot = Command::Run;
         }
     }
 
@@ -181,7 +187,7 @@ fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T>
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
     use std::thread;
 
     /// A vCPU thread without a vCPU.
@@ -230,6 +236,38 @@ mod tests {
     }
 
     const RESET: GuestEvent = GuestEvent::Reset(ResetCause::Register);
+
+    #[test]
+    fn a_pause_is_waited_for_however_often_it_is_ordered() {
+        let control = Arc::new(Control::new(1).unwrap());
+        let in_guest = Arc::new(AtomicBool::new(false));
+        let vcpu = {
+            let (control, in_guest) = (control.clone(), in_guest.clone());
+            thread::spawn(move || {
+                loop {
+                    match control.wanted() {
+                        Command::Run => {
+                            in_guest.store(true, Ordering::Release);
+                            thread::sleep(Duration::from_millis(20));
+                            in_guest.store(false, Ordering::Release);
+                        }
+                        Command::Quit => return,
+                        command => control.carried_out(0, command),
+                    }
+                }
+            })
+        };
+        for round in 0..4 {
+            control.order_and_wait(Command::Pause, || {});
+            assert!(!in_guest.load(Ordering::Acquire), "round {round}");
+            control.order(Command::Run);
+            while !in_guest.load(Ordering::Acquire) {
+                thread::yield_now();
+            }
+        }
+        control.order(Command::Quit);
+        vcpu.join().unwrap();
+    }
 
     #[test]
     fn an_event_holds_its_vcpu_until_the_next_command() {
