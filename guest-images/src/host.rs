@@ -39,6 +39,13 @@ pub struct HostMark {
     pub exits: u64,
     /// Flushes of device domains since the start: calls, and elements of calls with a list.
     pub flushes: u64,
+    /// Calls since the start that mapped something for devices of the host, to follow tables of the
+    /// guest.
+    #[serde(default)]
+    pub host_maps: u64,
+    /// The same for unmapping.
+    #[serde(default)]
+    pub host_unmaps: u64,
 }
 
 /// One function as the VMM counts it.

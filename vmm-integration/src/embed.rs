@@ -737,6 +737,13 @@ impl Embedding {
         counters.map_or(0, |counters| counters.flushes + counters.flushed_ranges)
     }
 
+    /// Calls that mapped and that unmapped something for devices of the host, to follow tables of the
+    /// guest.
+    pub(crate) fn host_mappings(&self) -> (u64, u64) {
+        let counters = self.shadow.as_ref().map(|shadow| shadow.counters());
+        counters.map_or((0, 0), |counters| (counters.maps, counters.unmaps))
+    }
+
     /// The library's counters by name.
     pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
         let mut counters = counters::by_name(&self.partition.counters());

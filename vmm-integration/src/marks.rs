@@ -41,6 +41,8 @@ mod tests {
                 functions: Vec::new(),
                 exits: 0,
                 flushes: 0,
+                host_maps: 0,
+                host_unmaps: 0,
             });
         }
         marks.add(|| panic!("not even looked at"));

@@ -104,6 +104,11 @@ pub(crate) struct Mark {
     pub(crate) exits: u64,
     /// Flushes of device domains since the start: calls, and elements of calls with a list.
     pub(crate) flushes: u64,
+    /// Calls since the start that mapped something for devices of the host, to follow tables of the
+    /// guest.
+    pub(crate) host_maps: u64,
+    /// The same for unmapping.
+    pub(crate) host_unmaps: u64,
 }
 
 /// The whole report.
@@ -223,6 +228,8 @@ mod tests {
                 functions: vec![function],
                 exits: 40,
                 flushes: 5,
+                host_maps: 6,
+                host_unmaps: 4,
             }],
             counters: [("hypercalls".to_owned(), 3)].into(),
         }
@@ -245,6 +252,8 @@ mod tests {
         assert_eq!(json["marks"][0]["id"], 7);
         assert_eq!(json["marks"][0]["exits"], 40);
         assert_eq!(json["marks"][0]["flushes"], 5);
+        assert_eq!(json["marks"][0]["host_maps"], 6);
+        assert_eq!(json["marks"][0]["host_unmaps"], 4);
         assert_eq!(
             json["marks"][0]["functions"][0]["vectors"][0]["suppressed"],
             1

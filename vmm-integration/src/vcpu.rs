@@ -84,11 +84,14 @@ impl Exchange {
 impl Shared {
     /// All counts of this moment.
     fn mark(&self, id: u8) -> Mark {
+        let (host_maps, host_unmaps) = self.embedding.host_mappings();
         Mark {
             id,
             functions: self.embedding.report(),
             exits: self.exits.load(Ordering::Relaxed),
             flushes: self.embedding.flushes(),
+            host_maps,
+            host_unmaps,
         }
     }
 }

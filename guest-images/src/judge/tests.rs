@@ -365,6 +365,8 @@ fn host(mode: Mode) -> HostReport {
                 functions: host_functions(blk, rng),
                 exits: 10_010 * u64::from(id),
                 flushes: 10_000 * u64::from(id),
+                host_maps: 0,
+                host_unmaps: 0,
             })
             .collect(),
         counters: BTreeMap::new(),
@@ -772,6 +774,8 @@ fn marks_of_an_earlier_boot_do_not_count() {
         functions: host_functions([9, 9, 9], [9, 9]),
         exits: 0,
         flushes: 0,
+        host_maps: 0,
+        host_unmaps: 0,
     };
     case.host.marks.insert(0, stale);
     assert_eq!(judge(case), Vec::<String>::new());

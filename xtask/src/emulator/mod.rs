@@ -113,6 +113,11 @@ impl Emulator {
         ]
     }
 
+    /// Its folder: what its packages hold.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Folder of the parts that the emulator loads at run time (`QEMU_MODULE_DIR`).
     pub(crate) fn modules(&self) -> PathBuf {
         self.root.join("usr/lib/x86_64-linux-gnu/qemu")

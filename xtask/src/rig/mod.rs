@@ -86,6 +86,9 @@ pub(crate) struct Options {
     /// A file that --shell-command finds in /host; may be given several times.
     #[arg(long, value_name = "FILE", requires = "shell_command")]
     file: Vec<PathBuf>,
+    /// Put the rig's QEMU into /host/emulator for --shell-command, to measure beside it.
+    #[arg(long, requires = "shell_command")]
+    emulator: bool,
     /// Devices that --shell-command finds bound to vfio-pci, behind an IOMMU: all, or some of
     /// edu, nvme, rng, e1000e, nvme-2, shared-edu-1, shared-edu-2 and shared-rng, with commas.
     #[arg(long, value_name = "LIST", requires = "shell_command")]
@@ -149,7 +152,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let own: Vec<_> = l1.kernel.as_deref().into_iter().collect();
         families.extend(own.iter().filter(|name| **name == kernel::BUILT.name));
         let prepared = Prepared::new(&families, &own)?;
-        return shell::run(&prepared, command, &options.file, &l1, scale);
+        let emulator = options.emulator;
+        return shell::run(&prepared, command, &options.file, emulator, &l1, scale);
     }
     let mut selected = if options.all {
         scenarios::all()

@@ -134,6 +134,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(vfio_group()),
         optional(vfio_shadow()),
         optional(vfio_shadow_nvme()),
+        optional(vfio_map()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
     ]
@@ -436,6 +437,23 @@ fn vfio_shadow_nvme() -> Scenario {
         run.repeat = SHADOW_TRAFFIC_S;
         run.time_limit_s += u64::from(SHADOW_TRAFFIC_S);
         scenario.time_limit_s += u64::from(SHADOW_TRAFFIC_S);
+    }
+    scenario
+}
+
+/// What a mapping costs for a device behind such domains.
+fn vfio_map() -> Scenario {
+    let mut scenario = shadowed(
+        "vfio-map",
+        "the kernel's dma_map_benchmark on an edu behind translated domains: strict, lazy",
+        ["edu", "edu"],
+    );
+    for run in &mut scenario.runs {
+        run.mode = Mode::MapBenchmark;
+    }
+    // In this mode it is sent nowhere.
+    for device in &mut scenario.l1.devices {
+        device.strays = false;
     }
     scenario
 }

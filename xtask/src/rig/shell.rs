@@ -15,6 +15,7 @@ use anyhow::Context;
 use anyhow::Result;
 use guest_images::scenario::L1;
 use std::fs;
+use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ pub(crate) fn run(
     prepared: &Prepared,
     command: &str,
     files: &[PathBuf],
+    emulator: bool,
     l1: &L1,
     scale: f64,
 ) -> Result<()> {
@@ -47,6 +49,9 @@ pub(crate) fn run(
     for file in files {
         let name = file.file_name().context("--file: no file name")?;
         fs::copy(file, share.join(name)).with_context(|| format!("--file {}", file.display()))?;
+    }
+    if emulator {
+        link_tree(prepared.emulator.root(), &share.join("emulator"))?;
     }
     fs::write(share.join("command.sh"), format!("{command}\n"))?;
     let addresses = l1
@@ -98,4 +103,22 @@ pub(crate) fn run(
         End::Interrupted => "interrupted".into(),
     };
     Err(Failure::Failed(text).into())
+}
+
+/// Puts the files below `source` below `destination`, links as they are.
+fn link_tree(source: &Path, destination: &Path) -> Result<()> {
+    fs::create_dir(destination)?;
+    for entry in fs::read_dir(source).with_context(|| source.display().to_string())? {
+        let entry = entry?;
+        let (from, to) = (entry.path(), destination.join(entry.file_name()));
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            link_tree(&from, &to)?;
+        } else if kind.is_symlink() {
+            std::os::unix::fs::symlink(fs::read_link(&from)?, &to)?;
+        } else {
+            super::link(&from, &to)?;
+        }
+    }
+    Ok(())
 }

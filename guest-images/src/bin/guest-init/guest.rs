@@ -129,7 +129,8 @@ impl Guest {
                 }
             }
             Mode::MapBenchmark => {
-                for device in testdevs(&functions) {
+                let edus = of_kind(&functions, Kind::Edu);
+                for device in testdevs(&functions).chain(edus) {
                     self.report
                         .maps
                         .extend(map_benchmark::run(device, &mut marker)?);
