@@ -138,7 +138,7 @@ impl Machine {
             if self.elapsed() >= limit {
                 return End::TimedOut;
             }
-            if self.is_asleep(ASLEEP_AFTER) {
+            if self.is_asleep() {
                 return End::Asleep;
             }
             let line = match self.lines.recv_timeout(Duration::from_millis(250)) {
@@ -152,20 +152,15 @@ impl Machine {
         }
     }
 
-    /// Whether the machine has done next to nothing for `time`.
-    fn is_asleep(&self, time: Duration) -> bool {
-        let pulse = self.pulse.get();
-        if pulse.at.elapsed() < time / 4 {
-            return false;
+    /// Whether the machine has done next to nothing for long.
+    fn is_asleep(&self) -> bool {
+        let mut pulse = self.pulse.get();
+        let now = Instant::now();
+        if let Some(ticks) = ticks(self.child.id()) {
+            pulse.beat(now, ticks);
         }
-        let Some(ticks) = ticks(self.child.id()) else {
-            return false;
-        };
-        if ticks >= pulse.ticks + ASLEEP_TICKS {
-            let at = Instant::now();
-            self.pulse.set(Pulse { at, ticks });
-        }
-        self.pulse.get().at.elapsed() >= time
+        self.pulse.set(pulse);
+        now - pulse.at >= ASLEEP_AFTER
     }
 
     /// Waits for the machine to power off by itself, at most `limit`.
@@ -185,6 +180,13 @@ impl Pulse {
     fn new() -> Self {
         let at = Instant::now();
         Self { at, ticks: 0 }
+    }
+
+    /// Notes the ticks that were used by `now`.
+    fn beat(&mut self, now: Instant, ticks: u64) {
+        if ticks >= self.ticks + ASLEEP_TICKS {
+            *self = Self { at: now, ticks };
+        }
     }
 }
 
@@ -349,19 +351,20 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_does_nothing_is_asleep() {
-        let asleep = |script: &str| {
-            let machine = machine(script);
-            let start = Instant::now();
-            let mut asleep = false;
-            while !asleep && start.elapsed() < Duration::from_secs(2) {
-                std::thread::sleep(Duration::from_millis(50));
-                asleep = machine.is_asleep(Duration::from_millis(800));
-            }
-            asleep
+    fn a_machine_that_does_next_to_nothing_has_no_pulse() {
+        let start = Instant::now();
+        let second = |n| start + Duration::from_secs(n);
+        let mut pulse = Pulse {
+            at: start,
+            ticks: 100,
         };
-        assert!(asleep("sleep 60"));
-        assert!(!asleep("while :; do :; done"));
+        pulse.beat(second(30), 100 + ASLEEP_TICKS - 1);
+        assert_eq!(pulse.at, start);
+        // Little by little is something as well.
+        pulse.beat(second(50), 100 + ASLEEP_TICKS);
+        assert_eq!(pulse.at, second(50));
+        assert!(ticks(std::process::id()).is_some());
+        assert_eq!(ticks(u32::MAX), None);
     }
 
     #[test]
