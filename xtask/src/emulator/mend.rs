@@ -1,172 +1,111 @@
-//! One defect of QEMU's SVM emulation, taken out of the unpacked program.
+//! Defects of QEMU's SVM emulation, taken out of the unpacked program.
 //!
-//! VMRUN with an interrupt to inject delivers it at once, and besides leaves its vector in
-//! `CPUState::exception_index` (`helper_vmrun` in target/i386/tcg/system/svm_helper.c, up to 11.1 at
-//! least), where the main loop looks for an exception to deliver. Nothing clears it until the guest's
-//! next exit; if another thread asks the CPU to leave its loop before that, the guest takes the
-//! interrupt once more, with IF clear, most often in the first instruction of its handler. A kernel
-//! that came from user mode then runs with the user's GS base, and ends in a triple fault.
-//!
-//! The store is of no use, so it is overwritten with NOPs. It is found by what it does: the vector is
-//! the second argument of the call that delivers the interrupt, and between the last write of that
-//! register and the call there is one store of it.
+//! Each is found by what its code does and not by an address. A version in which one is not found
+//! stays as it is in that respect.
 #![forbid(unsafe_code)]
+
+mod exit;
+mod vector;
 
 use anyhow::Context;
 use anyhow::Result;
-use anyhow::ensure;
-use iced_x86::Code;
 use iced_x86::Decoder;
 use iced_x86::DecoderOptions;
-use iced_x86::FlowControl;
 use iced_x86::Instruction;
-use iced_x86::InstructionInfoFactory;
-use iced_x86::OpAccess;
-use iced_x86::Register;
 use object::Object;
 use object::ObjectSection;
 use object::ObjectSymbol;
 use object::read::elf::ElfFile64;
 
-/// The function with the defect, and the one that delivers the interrupt.
-const FUNCTION: &str = "helper_vmrun";
-const DELIVERY: &str = "do_interrupt_x86_hardirq";
+/// Bytes to put at an address.
+#[derive(Debug, PartialEq, Eq)]
+struct Patch {
+    address: u64,
+    bytes: Vec<u8>,
+}
 
-const NOP: u8 = 0x90;
+/// A function of the program.
+#[derive(Clone, Copy, Debug)]
+struct Function<'a> {
+    address: u64,
+    code: &'a [u8],
+}
 
-/// Overwrites the store in a program file.
+/// The functions of the program that have names.
+struct Functions<'a>(ElfFile64<'a, object::Endianness>);
+
+impl<'a> Functions<'a> {
+    fn get(&self, name: &str) -> Result<Function<'a>> {
+        let mut symbols = self.0.dynamic_symbols();
+        let symbol = symbols.find(|symbol| symbol.name() == Ok(name));
+        let symbol = symbol.with_context(|| format!("no symbol {name}"))?;
+        let section = self
+            .0
+            .section_by_index(symbol.section_index().context(name.to_owned())?)?;
+        let code = section
+            .data_range(symbol.address(), symbol.size())?
+            .with_context(|| format!("{name} is not in the file"))?;
+        Ok(Function {
+            address: symbol.address(),
+            code,
+        })
+    }
+
+    /// Where in the file the byte at an address is.
+    fn offset(&self, address: u64) -> Result<usize> {
+        let mut sections = self.0.sections();
+        let section = sections.find(|section| {
+            let start = section.address();
+            (start..start + section.size()).contains(&address)
+        });
+        let section = section.with_context(|| format!("nothing is at {address:#x}"))?;
+        let (in_file, _) = section.file_range().context("no code in the file")?;
+        Ok(usize::try_from(address - section.address() + in_file)?)
+    }
+}
+
+fn decode(code: &[u8], start: u64) -> Vec<Instruction> {
+    let decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
+    decoder.into_iter().collect()
+}
+
+/// Takes the defects that are found out of a program file.
 ///
 /// # Errors
 ///
-/// The program is not as expected; it is unchanged then.
+/// Some were not found as expected; what names them says which.
 pub(super) fn mend(program: &mut [u8]) -> Result<()> {
-    let (offset, length) = find(program)?;
-    let store = program
-        .get_mut(offset..offset + length)
-        .context("the store is beyond the file's end")?;
-    store.fill(NOP);
-    Ok(())
-}
-
-/// File offset and length of the store.
-fn find(program: &[u8]) -> Result<(usize, usize)> {
-    let elf = ElfFile64::<object::Endianness>::parse(program)?;
-    let symbol = |name: &str| {
-        elf.dynamic_symbols()
-            .find(|symbol| symbol.name() == Ok(name))
-            .with_context(|| format!("no symbol {name}"))
-    };
-    let function = symbol(FUNCTION)?;
-    let delivery = symbol(DELIVERY)?.address();
-    let section = elf
-        .sections()
-        .find(|section| {
-            let start = section.address();
-            (start..start + section.size()).contains(&function.address())
-        })
-        .with_context(|| format!("{FUNCTION} is in no section"))?;
-    let code = section
-        .data_range(function.address(), function.size())?
-        .with_context(|| format!("{FUNCTION} is not in the file"))?;
-    let store = vector_store(code, function.address(), delivery)?;
-    let (in_file, _) = section.file_range().context("no code in the file")?;
-    let offset = store.ip() - section.address() + in_file;
-    Ok((usize::try_from(offset)?, store.len()))
-}
-
-/// The one store of the second argument ahead of the one call of `delivery`.
-fn vector_store(code: &[u8], start: u64, delivery: u64) -> Result<Instruction> {
-    let decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
-    let instructions: Vec<_> = decoder.into_iter().collect();
-    let is_call = |instruction: &Instruction| {
-        instruction.flow_control() == FlowControl::Call
-            && instruction.near_branch_target() == delivery
-    };
-    let mut calls = (0..instructions.len()).filter(|&at| is_call(&instructions[at]));
-    let call = calls.next().context("no delivery")?;
-    ensure!(calls.next().is_none(), "more than one delivery");
-    let mut factory = InstructionInfoFactory::new();
-    let mut stores = Vec::new();
-    for instruction in instructions[..call].iter().rev() {
-        let straight = matches!(
-            instruction.flow_control(),
-            FlowControl::Next | FlowControl::ConditionalBranch
-        );
-        ensure!(straight, "the vector is not set in the way to its delivery");
-        if instruction.code() == Code::Mov_rm32_r32
-            && instruction.op0_register() == Register::None
-            && instruction.op1_register() == Register::ESI
-        {
-            stores.push(*instruction);
-        }
-        let mut registers = factory.info(instruction).used_registers().iter();
-        if registers.any(|used| {
-            used.register().full_register() == Register::RSI
-                && matches!(used.access(), OpAccess::Write | OpAccess::ReadWrite)
-        }) {
-            break;
+    let finders: [(&str, fn(&Functions<'_>) -> Result<Patch>); 2] =
+        [("vector", vector::find), ("exit", exit::find)];
+    let mut missing = Vec::new();
+    for (name, find) in finders {
+        let found = locate(program, find);
+        let mended = found.and_then(|(offset, bytes)| {
+            let place = program.get_mut(offset..offset + bytes.len());
+            let place = place.context("it is beyond the file's end")?;
+            place.copy_from_slice(&bytes);
+            Ok(())
+        });
+        if let Err(error) = mended {
+            missing.push(format!("{name}: {error:#}"));
         }
     }
-    ensure!(stores.len() == 1, "{} stores of the vector", stores.len());
-    Ok(stores[0])
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(anyhow::anyhow!(missing.join("; "))),
+    }
+}
+
+/// Offset in the file, and what to put there.
+fn locate(program: &[u8], find: fn(&Functions<'_>) -> Result<Patch>) -> Result<(usize, Vec<u8>)> {
+    let functions = Functions(ElfFile64::parse(program)?);
+    let patch = find(&functions)?;
+    Ok((functions.offset(patch.address)?, patch.bytes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const START: u64 = 0x8c_9797;
-    const DELIVER: u64 = 0x94_1650;
-
-    /// The delivery in QEMU 11.1.3 of Debian.
-    const CODE: &[u8] = &[
-        0x41, 0x0f, 0xb6, 0xf4, // movzx esi, r12b
-        0x44, 0x89, 0xab, 0x80, 0x34, 0x00, 0x00, // mov [rbx+0x3480], r13d
-        0x89, 0xb3, 0x50, 0xc2, 0xff, 0xff, // mov [rbx-0x3db0], esi
-        0xc7, 0x83, 0x84, 0x34, 0x00, 0x00, 0x00, 0x00, 0x00,
-        0x00, // mov dword [rbx+0x3484], 0
-        0x48, 0xc7, 0x83, 0x88, 0x34, 0x00, 0x00, 0xff, 0xff, 0xff,
-        0xff, // mov qword [rbx+0x3488], -1
-        0xf6, 0x05, 0xdc, 0x5d, 0x57, 0x01, 0x02, // test byte [rip+0x1575ddc], 2
-        0x0f, 0x85, 0xc1, 0x00, 0x00, 0x00, // jne
-        0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1
-        0x48, 0x89, 0xdf, // mov rdi, rbx
-        0xe8, 0x79, 0x7e, 0x07, 0x00, // call do_interrupt_x86_hardirq
-        0xc3, // ret
-    ];
-
-    #[test]
-    fn the_store_of_the_vector_is_found() {
-        let store = vector_store(CODE, START, DELIVER).unwrap();
-        assert_eq!((store.ip(), store.len()), (START + 11, 6));
-    }
-
-    #[test]
-    fn a_program_without_the_store_is_left_alone() {
-        let mut code = CODE.to_vec();
-        code[11..17].fill(NOP);
-        let error = vector_store(&code, START, DELIVER).unwrap_err();
-        assert_eq!(error.to_string(), "0 stores of the vector");
-    }
-
-    #[test]
-    fn other_code_is_not_taken_for_it() {
-        let text = |code: &[u8]| vector_store(code, START, DELIVER).unwrap_err().to_string();
-        assert_eq!(text(&CODE[..CODE.len() - 6]), "no delivery");
-        assert_eq!(
-            text(&[&[0x90], &CODE[4..]].concat()),
-            "no delivery",
-            "the call goes elsewhere"
-        );
-        let mut jumps = CODE.to_vec();
-        // A jump in place of the vector's last write.
-        jumps[..4].copy_from_slice(&[0xeb, 0x02, 0x90, 0x90]);
-        jumps[11..17].fill(NOP);
-        assert_eq!(
-            text(&jumps),
-            "the vector is not set in the way to its delivery"
-        );
-    }
 
     #[test]
     fn what_is_no_program_is_refused_and_unchanged() {
