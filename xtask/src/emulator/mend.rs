@@ -31,6 +31,9 @@ struct Function<'a> {
     code: &'a [u8],
 }
 
+/// Finds what to overwrite.
+type Find = fn(&Functions<'_>) -> Result<Patch>;
+
 /// The functions of the program that have names.
 struct Functions<'a>(ElfFile64<'a, object::Endianness>);
 
@@ -75,8 +78,7 @@ fn decode(code: &[u8], start: u64) -> Vec<Instruction> {
 ///
 /// Some were not found as expected; what names them says which.
 pub(super) fn mend(program: &mut [u8]) -> Result<()> {
-    let finders: [(&str, fn(&Functions<'_>) -> Result<Patch>); 2] =
-        [("vector", vector::find), ("exit", exit::find)];
+    let finders: [(&str, Find); 2] = [("vector", vector::find), ("exit", exit::find)];
     let mut missing = Vec::new();
     for (name, find) in finders {
         let found = locate(program, find);
@@ -97,7 +99,7 @@ pub(super) fn mend(program: &mut [u8]) -> Result<()> {
 }
 
 /// Offset in the file, and what to put there.
-fn locate(program: &[u8], find: fn(&Functions<'_>) -> Result<Patch>) -> Result<(usize, Vec<u8>)> {
+fn locate(program: &[u8], find: Find) -> Result<(usize, Vec<u8>)> {
     let functions = Functions(ElfFile64::parse(program)?);
     let patch = find(&functions)?;
     Ok((functions.offset(patch.address)?, patch.bytes))
