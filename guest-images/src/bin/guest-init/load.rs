@@ -3,7 +3,7 @@
 use crate::disk::{BLOCK, Buffer, Disk, Latency};
 use crate::pci;
 use crate::rng::Rng;
-use crate::system::{read_text, wait_for, write_text};
+use crate::system::{read_text, step, wait_for, write_text};
 use anyhow::{Context, Result, bail};
 use guest_images::pattern::{Pattern, mix};
 use guest_images::report::LoadReport;
@@ -35,6 +35,9 @@ struct Shared {
     max_latency_us: AtomicU64,
 }
 
+/// How often traffic that is left alone says how far it is.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
 /// Runs the traffic; meanwhile takes each of `cpus` but the first offline and online again, and
 /// moves the interrupts of `rngs`, and then leaves it alone for as long as `calm`. The disk holds
 /// `generation` afterwards as before.
@@ -49,7 +52,13 @@ pub(crate) fn run(
     let load = Load::start(disk, generation, threads, !disk.readonly()?);
     match disturb(cpus, rngs) {
         Ok((cycles, moves)) => {
-            std::thread::sleep(calm);
+            let end = Instant::now() + calm;
+            while let Some(left) = end.checked_duration_since(Instant::now())
+                && !left.is_zero()
+            {
+                step(format!("load: {} requests so far", load.requests()));
+                std::thread::sleep(left.min(SIGN_OF_LIFE));
+            }
             load.finish(cycles, moves)
         }
         Err(error) => {
