@@ -10,7 +10,7 @@ use vm_vpci::hypercall::{CallRegisters, Outcome, XmmBlock};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::partition::PartitionState;
 
-use crate::machine::{HIGH_MMIO, LOW_MMIO, Machine, Plugged, VPS, map};
+use crate::machine::{Device, Function, HIGH_MMIO, LOW_MMIO, Machine, Plugged, VPS, map};
 use crate::values::words;
 
 /// The hypercall page.
@@ -403,13 +403,13 @@ impl Guest {
         let window = Self::window(bus);
         let d0 = [0x4249_0007, 0, window as u32, (window >> 32) as u32];
         self.must(bus, &words(&d0));
-        for (function, _) in self.machine.buses[bus].functions.clone() {
-            self.start(bus, function, version);
+        for function in self.machine.buses[bus].functions.clone() {
+            self.start(bus, &function, version);
         }
     }
 
-    fn start(&mut self, bus: usize, function: u8, version: u32) {
-        let slot = u32::from(function) << 5;
+    fn start(&mut self, bus: usize, function: &Function, version: u32) {
+        let slot = u32::from(function.number) << 5;
         let number = match version {
             0x1_0001 => 0x4249_0010,
             0x1_0004 => 0x4249_001a,
@@ -418,14 +418,13 @@ impl Guest {
         let mut assigned = words(&[number, slot]);
         assigned.resize(200, 0);
         self.must(bus, &assigned);
-        let (window, bar) = (Self::window(bus), Self::bar(bus, function));
-        self.store(window, &slot.to_le_bytes());
-        self.store(window + 0x1010, &(bar as u32).to_le_bytes());
-        self.store(window + 0x1014, &((bar >> 32) as u32).to_le_bytes());
-        self.store(window + 0x1004, &6u16.to_le_bytes());
+        self.place(bus, function.number);
+        let bar = Self::bar(bus, function.number);
         let mut magic = [0; 4];
         assert!(self.machine.partition.mmio_read(bar, &mut magic));
-        assert_eq!(u32::from_le_bytes(magic), 0x5654_5044);
+        if let Device::Test = function.device {
+            assert_eq!(u32::from_le_bytes(magic), 0x5654_5044);
+        }
         let create = match version {
             0x1_0001 => words(&[0x4249_0014, slot, 1 << 16 | 0x41, 0, 1, 0]),
             0x1_0004 => words(&[0x4249_001b, slot, 0x41, 1 << 16, 1]),
@@ -439,32 +438,55 @@ impl Guest {
         }
         let reply = self.must(bus, &create);
         let (data, address) = (word(&reply, 12), word(&reply, 16));
-        for (at, value) in (0..).step_by(4).zip([address, 0, data, 0]) {
-            self.store(bar + 0x1000 + at, &value.to_le_bytes());
-        }
+        let window = Self::window(bus);
         let capability = self.capability(window, 0x11);
+        let table = bar + u64::from(self.config(window, capability + 4) & !7);
+        for (at, value) in (0..).step_by(4).zip([address, 0, data, 0]) {
+            self.store(table + at, &value.to_le_bytes());
+        }
         self.store(window + 0x1000 + capability + 2, &0x8000u16.to_le_bytes());
     }
 
+    /// Places a function's BAR 0, with decoding and bus mastering on. The function stays selected.
+    pub fn place(&self, bus: usize, function: u8) {
+        let (window, bar) = (Self::window(bus), Self::bar(bus, function));
+        self.select(bus, function);
+        self.store(window + 0x1004, &0u16.to_le_bytes());
+        self.store(window + 0x1010, &(bar as u32).to_le_bytes());
+        self.store(window + 0x1014, &((bar >> 32) as u32).to_le_bytes());
+        self.set_command(bus, function, 6);
+    }
+
+    /// Sets a function's command register. The function stays selected.
+    pub fn set_command(&self, bus: usize, function: u8, command: u16) {
+        self.select(bus, function);
+        self.store(Self::window(bus) + 0x1004, &command.to_le_bytes());
+    }
+
+    fn select(&self, bus: usize, function: u8) {
+        let slot = u32::from(function) << 5;
+        self.store(Self::window(bus), &slot.to_le_bytes());
+    }
+
+    /// A word of the configuration space of the function that is selected.
+    fn config(&self, window: u64, at: u64) -> u32 {
+        let mut data = [0; 4];
+        let partition = &self.machine.partition;
+        assert!(partition.mmio_read(window + 0x1000 + at, &mut data));
+        u32::from_le_bytes(data)
+    }
+
     fn capability(&self, window: u64, wanted: u32) -> u64 {
-        let config = |at: u64| {
-            let mut data = [0; 4];
-            let claimed = self
-                .machine
-                .partition
-                .mmio_read(window + 0x1000 + at, &mut data);
-            assert!(claimed);
-            u32::from_le_bytes(data)
-        };
-        let mut at = u64::from(config(0x34) & 0xff);
-        while config(at) & 0xff != wanted {
-            at = u64::from(config(at) >> 8 & 0xff);
+        let mut at = u64::from(self.config(window, 0x34) & 0xff);
+        while self.config(window, at) & 0xff != wanted {
+            at = u64::from(self.config(window, at) >> 8 & 0xff);
             assert_ne!(at, 0, "no capability {wanted:#x}");
         }
         at
     }
 
-    fn store(&self, gpa: u64, data: &[u8]) {
+    /// A store to a window or BAR that is there.
+    pub fn store(&self, gpa: u64, data: &[u8]) {
         assert!(self.machine.partition.mmio_write(gpa, data), "{gpa:#x}");
     }
 
@@ -497,18 +519,23 @@ impl Guest {
         self.machine.partition.restore(state).is_ok()
     }
 
-    /// After anything at all, a reset machine works again, and leaves nothing behind in the end.
-    ///
-    /// # Panics
-    ///
-    /// If it does not.
-    pub fn starts_again(mut self) {
+    /// Resets the machine, and brings everything up again.
+    pub fn reset(&mut self) {
         self.machine.workers.settle();
         self.machine.partition.reset();
         self.machine.workers.settle();
         // RAM of zeros, as many VMMs do it: by another map.
         self.ram().replace(&map());
         self.bring_up();
+    }
+
+    /// After anything at all, a reset machine works again, and leaves nothing behind in the end.
+    ///
+    /// # Panics
+    ///
+    /// If it does not.
+    pub fn starts_again(mut self) {
+        self.reset();
         self.machine.drop_all();
     }
 }

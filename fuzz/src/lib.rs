@@ -8,6 +8,7 @@
 //! | [`input`] | what a hostile guest and the VM's operator do, as types that any bytes decode to |
 //! | [`values`] | the values in it: mostly such as mean something, sometimes any |
 //! | [`edit`] | changes to a saved partition |
+//! | [`virtio`] | a guest that drives virtio devices, and what must hold of their queues |
 //! | [`mod@unit`] | a pvIOMMU alone, and a plain walk of tables to compare it with |
 //!
 //! `docs/fuzzing.md` says how to run it.
@@ -20,3 +21,4 @@ pub mod machine;
 pub mod targets;
 pub mod unit;
 pub mod values;
+pub mod virtio;

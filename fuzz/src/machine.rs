@@ -1,8 +1,10 @@
 //! The machine under test: a partition with everything around it that a VMM provides.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -10,12 +12,14 @@ use uuid::Uuid;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::testdev::TestDevice;
+use vm_vpci::devices::virtio::{Blk, BlkConfig, Rng, RngConfig};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::msr::DEFAULT_HYPERCALL_PORT;
 use vm_vpci::partition::PlugError;
 use vm_vpci::pviommu::{IommuConfig, IommuMode};
 use vm_vpci::vmbus::{Limits, VmBusConfig};
 use vm_vpci::vmm::{Clock, Msi, MsiSink, Trigger, Worker, WorkerHost};
+use vm_vpci::vpci::function::PciFunction;
 use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 
 /// RAM, with a hole.
@@ -125,13 +129,40 @@ impl Workers {
     }
 }
 
+/// What a function is.
+#[derive(Debug, Clone)]
+pub enum Device {
+    /// A `testdev`.
+    Test,
+    /// A virtio-blk of two queues.
+    Disk {
+        /// The image.
+        image: Arc<File>,
+        /// The disk is offered read-only.
+        readonly: bool,
+    },
+    /// A virtio-rng.
+    Entropy,
+}
+
+/// A function that is plugged in.
+#[derive(Debug, Clone)]
+pub struct Function {
+    /// Its number.
+    pub number: u8,
+    /// Whether it is behind the pvIOMMU.
+    pub mode: IommuMode,
+    /// What it is.
+    pub device: Device,
+}
+
 /// A bus that is plugged in.
 #[derive(Debug, Clone)]
 pub struct Plugged {
     /// Instance GUID.
     pub instance: Uuid,
-    /// Function numbers, and whether they are behind the pvIOMMU.
-    pub functions: Vec<(u8, IommuMode)>,
+    /// Its functions.
+    pub functions: Vec<Function>,
 }
 
 /// A partition with what it needs of its VMM.
@@ -145,6 +176,10 @@ pub struct Machine {
     pub workers: Arc<Workers>,
     /// What is plugged in.
     pub buses: Vec<Plugged>,
+    /// The disk that was plugged in last.
+    pub disk: Option<Arc<Blk>>,
+    /// The source of entropy that was plugged in last.
+    pub entropy: Option<Arc<Rng>>,
 }
 
 /// The instance GUID of the bus `number`; its functions have the ids `number << 16 | 0xab78` and
@@ -215,6 +250,8 @@ impl Machine {
             ram,
             workers,
             buses: Vec::new(),
+            disk: None,
+            entropy: None,
         }
     }
 
@@ -224,25 +261,74 @@ impl Machine {
     ///
     /// The partition's.
     pub fn plug(&mut self, number: u16, functions: &[(u8, IommuMode)]) -> Result<(), PlugError> {
-        let plugged = Plugged {
+        let functions = functions.iter().map(|&(number, mode)| Function {
+            number,
+            mode,
+            device: Device::Test,
+        });
+        self.plug_functions(number, functions.collect())
+    }
+
+    /// Plugs in the bus `number` with any functions.
+    ///
+    /// # Errors
+    ///
+    /// The partition's.
+    pub fn plug_functions(
+        &mut self,
+        number: u16,
+        functions: Vec<Function>,
+    ) -> Result<(), PlugError> {
+        self.plug_again(Plugged {
             instance: instance(number),
-            functions: functions.to_vec(),
-        };
-        self.plug_again(plugged)
+            functions,
+        })
     }
 
     fn plug_again(&mut self, plugged: Plugged) -> Result<(), PlugError> {
-        let functions = plugged.functions.iter().map(|(number, mode)| {
-            let device = TestDevice::new(u32::from(*number), &*self.workers);
-            FunctionSpec::new(*number, device.expect("any number of workers")).with_iommu(*mode)
+        let functions = plugged.functions.iter();
+        let functions = functions.map(|function| {
+            let device = self.device(function);
+            FunctionSpec::new(function.number, device).with_iommu(function.mode)
         });
+        let functions = functions.collect();
         let spec = BusSpec {
             instance: plugged.instance,
-            functions: functions.collect(),
+            functions,
         };
         self.partition.plug(spec)?;
         self.buses.push(plugged);
         Ok(())
+    }
+
+    /// Makes the device of a function.
+    fn device(&mut self, function: &Function) -> Arc<dyn PciFunction> {
+        let iommu = function.mode != IommuMode::Off;
+        match &function.device {
+            Device::Test => {
+                let device = TestDevice::new(u32::from(function.number), &*self.workers);
+                device.expect("any number of workers")
+            }
+            Device::Disk { image, readonly } => {
+                let config = BlkConfig {
+                    // Another opening of the same file, which need not have a name.
+                    file: format!("/proc/self/fd/{}", image.as_raw_fd()).into(),
+                    readonly: *readonly,
+                    queues: 2,
+                    iommu,
+                    id: "fuzz".to_owned(),
+                };
+                let disk = Blk::new(config, &*self.workers).expect("an image that is not in use");
+                self.disk = Some(disk.clone());
+                disk
+            }
+            Device::Entropy => {
+                let entropy = Rng::new(RngConfig { iommu }, &*self.workers);
+                let entropy = entropy.expect("any number of workers");
+                self.entropy = Some(entropy.clone());
+                entropy
+            }
+        }
     }
 
     /// Tears a bus out. False if there is none with this GUID.
@@ -274,9 +360,13 @@ impl Machine {
     /// If something of it stays behind.
     pub fn drop_all(self) {
         let Self {
-            partition, workers, ..
+            partition,
+            workers,
+            disk,
+            entropy,
+            ..
         } = self;
-        drop(partition);
+        drop((partition, disk, entropy));
         let alive = workers.alive();
         assert!(alive.is_empty(), "left behind: {alive:?}");
     }

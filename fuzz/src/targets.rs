@@ -9,17 +9,19 @@ use vm_vpci::vmbus::ring::{RingError, RingReader, RingWriter};
 use crate::edit::Edit;
 use crate::guest::{Guest, Ring};
 use crate::input::{
-    Access, Anything, Hypercall, Message, MsrAccess, Request, RingChange, Step, Take, Work,
+    Access, Anything, Hypercall, Message, MsrAccess, Request, RingChange, Step, Take, VirtioStep,
+    Work,
 };
 use crate::machine::{Machine, ram};
 use crate::unit::{self, Unit};
 use crate::values::Steps;
+use crate::virtio::{Driver, Shape};
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// All targets, by name: the programs in `fuzz_targets`, and the folders in `corpus`.
-pub const ALL: [(&str, Target); 9] = [
+pub const ALL: [(&str, Target); 10] = [
     ("hypercall", hypercall),
     ("msr", msr),
     ("vmbus", vmbus),
@@ -28,6 +30,7 @@ pub const ALL: [(&str, Target); 9] = [
     ("config", config),
     ("tables", tables),
     ("state", state),
+    ("virtqueue", virtqueue),
     ("guest", guest),
 ];
 
@@ -343,6 +346,24 @@ pub fn state(bytes: &[u8]) {
     assert!(taken || !edits.is_empty(), "refused as it was saved");
     run(&mut guest, &after);
     guest.starts_again();
+}
+
+/// Rings, descriptors and registers of a disk and of a source of entropy, behind the pvIOMMU or not;
+/// then a reset of the devices or of the machine, and requests that are answered.
+pub fn virtqueue(bytes: &[u8]) {
+    let Some((shape, Steps(steps))) = decode::<(u8, Steps<VirtioStep>)>(bytes) else {
+        return;
+    };
+    let bit = |bit: u8| shape >> bit & 1 != 0;
+    let mut driver = Driver::new(Shape {
+        iommu: bit(0),
+        paged: bit(1),
+        readonly: bit(2) && bit(3),
+    });
+    for step in &steps {
+        step.apply(&mut driver);
+    }
+    driver.works_again(bit(4) && bit(5));
 }
 
 /// Everything at once: two buses in D0, all that a guest can write, devices that do DMA, buses that

@@ -11,6 +11,7 @@ mod operator;
 mod packet;
 mod ring;
 mod table;
+mod virtqueue;
 
 use arbitrary::Arbitrary;
 
@@ -18,13 +19,14 @@ use crate::guest::Guest;
 use crate::values::{Blob, Gpa};
 
 pub use access::Access;
-pub use hypercall::{Hypercall, Made};
+pub use hypercall::{Device, Domain, Hypercall, Made};
 pub use message::Message;
 pub use msr::MsrAccess;
 pub use operator::Operator;
 pub use packet::Request;
 pub use ring::RingChange;
 pub use table::{Job, TableChange};
+pub use virtqueue::VirtioStep;
 
 /// A step that can be done to a guest.
 pub trait Step {
