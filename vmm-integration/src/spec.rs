@@ -140,6 +140,9 @@ pub(crate) enum SpecError {
     /// A vfio function without its device.
     #[error("vfio needs host=DDDD:BB:DD.F, the PCI address of a device of this host (lspci -D)")]
     MissingHost,
+    /// A vfio function is told how to carry tables of the guest, and is behind no pvIOMMU.
+    #[error("dma= says how page tables of the guest are followed, which takes iommu=on")]
+    DmaWithoutIommu,
     /// Two functions are one device of the host.
     #[error("two functions are the host's device {address}: leave one of them out")]
     DuplicateHost {
@@ -222,11 +225,19 @@ impl FromStr for FunctionSpec {
             Some(value) => parse_number("fn", &value, 0, 7, "a function number, 0 to 7")? as u8,
             None => 0,
         };
+        let bus = values.take("bus").map(|v| parse_bus(&v)).transpose()?;
+        let iommu = values.switch("iommu")?;
+        match &kind {
+            Kind::Vfio(host) if host.dma != DmaMode::Auto && !iommu => {
+                return Err(SpecError::DmaWithoutIommu);
+            }
+            _ => {}
+        }
         Ok(Self {
             kind,
-            bus: values.take("bus").map(|v| parse_bus(&v)).transpose()?,
+            bus,
             function,
-            iommu: values.switch("iommu")?,
+            iommu,
         })
     }
 }
@@ -593,6 +604,8 @@ mod tests {
         assert!(message("vfio").contains("lspci -D"));
         assert!(message("vfio,host=0:5.0,dma=fast").contains("auto, nested or shadow"));
         assert!(message("vfio,host=0:5.0,path=x").contains("host, bus, fn, iommu, dma"));
+        assert!(message("vfio,host=0:5.0,dma=shadow").contains("iommu=on"));
+        assert!(parse("vfio,host=0:5.0,dma=auto").is_ok());
         let spec = parse("vfio,host=0:5.0,dma=shadow,iommu=on").unwrap();
         let Kind::Vfio(device) = spec.kind else {
             panic!("not a vfio");
