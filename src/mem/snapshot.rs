@@ -307,13 +307,4 @@ impl Span {
         }
         self.mapping.get_atomic_ref(self.offset + offset).ok()
     }
-
-    /// The 64-bit word at `offset`; `None` if it is not in the span or not aligned.
-    #[inline]
-    pub(crate) fn u64(&self, offset: usize) -> Option<&AtomicU64> {
-        if offset.checked_add(size_of::<u64>())? > self.len {
-            return None;
-        }
-        self.mapping.get_atomic_ref(self.offset + offset).ok()
-    }
 }

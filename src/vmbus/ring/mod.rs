@@ -11,9 +11,9 @@
 //! as many calls as it likes.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::VolatileSlice;
+use vm_memory::{VolatileMemory, VolatileSlice};
 
 use crate::hv::vmbus::ring as wire;
 use crate::mem::{GuestRam, MemError, PAGE_SIZE, Span};
@@ -100,6 +100,52 @@ struct Run {
     memory: Span,
 }
 
+/// Consecutive memory of the data area.
+#[derive(Debug)]
+struct Piece<'a>(VolatileSlice<'a>);
+
+impl Piece<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len() as u32
+    }
+
+    /// The word at `offset`; `None` if it is not in the piece or not aligned.
+    #[inline(always)]
+    fn word(&self, offset: u32) -> Option<&AtomicU64> {
+        self.0.get_atomic_ref(offset as usize).ok()
+    }
+
+    #[inline(always)]
+    fn load(&self, offset: u32) -> Option<u64> {
+        let word = self.word(offset)?.load(Ordering::Relaxed);
+        Some(u64::from_le(word))
+    }
+
+    #[inline(always)]
+    fn store(&self, offset: u32, value: u64) -> Option<()> {
+        let word = self.word(offset)?;
+        word.store(value.to_le(), Ordering::Relaxed);
+        Some(())
+    }
+
+    /// Copies out of the piece; `None` if it is too short.
+    #[inline(always)]
+    fn read(&self, offset: u32, buf: &mut [u8]) -> Option<()> {
+        let memory = self.0.subslice(offset as usize, buf.len()).ok()?;
+        memory.copy_to(buf);
+        Some(())
+    }
+
+    /// Copies into the piece; `None` if it is too short.
+    #[inline(always)]
+    fn write(&self, offset: u32, buf: &[u8]) -> Option<()> {
+        let memory = self.0.subslice(offset as usize, buf.len()).ok()?;
+        memory.copy_from(buf);
+        Some(())
+    }
+}
+
 /// The pages of one ring: control words and a data area that wraps. They are found once, and again
 /// when the VMM has replaced the memory map.
 #[derive(Debug)]
@@ -152,6 +198,7 @@ impl RingMemory {
         Ok(())
     }
 
+    #[inline]
     fn check_index(&self, index: u32) -> Result<u32, RingError> {
         if index >= self.size || !index.is_multiple_of(wire::ALIGN) {
             return Err(RingError::Index {
@@ -163,6 +210,7 @@ impl RingMemory {
     }
 
     /// Bytes from `from` up to `to`, both inside the data area.
+    #[inline]
     fn distance(&self, from: u32, to: u32) -> u32 {
         if to >= from {
             to - from
@@ -172,6 +220,7 @@ impl RingMemory {
     }
 
     /// The index `len` bytes behind `index`; `len` is at most the size of the data area.
+    #[inline]
     fn advance(&self, index: u32, len: u32) -> u32 {
         let next = index + len;
         if next < self.size {
@@ -182,19 +231,23 @@ impl RingMemory {
     }
 
     /// Loads an index and checks that it lies in the data area.
+    #[inline]
     fn load_index(&self, word: u64) -> Result<u32, RingError> {
         let index = self.control(word)?.load(Ordering::Acquire);
         self.check_index(index)
     }
 
     /// A control word.
-    #[inline]
+    #[inline(always)]
     fn control(&self, word: u64) -> Result<&AtomicU32, RingError> {
-        let error = MemError::Misaligned {
-            gpa: self.pfns[0] * PAGE_SIZE + word,
-            align: 4,
-        };
-        Ok(self.control.u32(word as usize).ok_or(error)?)
+        let found = self.control.u32(word as usize);
+        found.ok_or_else(|| self.bad_control(word))
+    }
+
+    #[cold]
+    fn bad_control(&self, word: u64) -> RingError {
+        let gpa = self.pfns[0] * PAGE_SIZE + word;
+        MemError::Misaligned { gpa, align: 4 }.into()
     }
 
     /// Number of the run that `index` lies in.
@@ -206,20 +259,32 @@ impl RingMemory {
         }
     }
 
+    /// The memory at `index` as far as it is consecutive, at most `len` bytes.
+    #[inline(always)]
+    fn piece(&self, index: u32, len: u32) -> Result<Piece<'_>, RingError> {
+        let run = self.runs.get(self.run_of(index));
+        let memory = run.and_then(|run| {
+            let most = run.end.checked_sub(index)?;
+            let offset = index.checked_sub(run.start)?;
+            run.memory.slice(offset as usize, most.min(len) as usize)
+        });
+        memory.map(Piece).ok_or_else(|| self.no_memory(index))
+    }
+
+    #[cold]
+    fn no_memory(&self, index: u32) -> RingError {
+        let size = self.size;
+        RingError::Index { index, size }
+    }
+
     /// Loads a word of the data area. An index that was checked is aligned, and so no word wraps.
     #[inline]
     fn word(&self, index: u32) -> Result<u64, RingError> {
-        let error = RingError::Index {
-            index,
-            size: self.size,
-        };
-        let run = self.runs.get(self.run_of(index)).ok_or(error)?;
-        let word = run.memory.u64((index - run.start) as usize).ok_or(error)?;
-        Ok(u64::from_le(word.load(Ordering::Relaxed)))
+        let word = self.piece(index, wire::ALIGN)?.load(0);
+        word.ok_or_else(|| self.no_memory(index))
     }
 
     /// Copies out of the data area, wrapping at its end.
-    #[inline]
     fn read(&self, index: u32, buf: &mut [u8]) -> Result<(), RingError> {
         let mut rest = buf;
         self.for_each_piece(index, rest.len(), |memory| {
@@ -230,7 +295,6 @@ impl RingMemory {
     }
 
     /// Copies into the data area, wrapping at its end.
-    #[inline]
     fn write(&self, index: u32, buf: &[u8]) -> Result<(), RingError> {
         let mut rest = buf;
         self.for_each_piece(index, rest.len(), |memory| {
@@ -250,23 +314,17 @@ impl RingMemory {
         mut f: impl FnMut(VolatileSlice<'_>),
     ) -> Result<(), RingError> {
         debug_assert!(index < self.size && len <= self.size as usize);
-        let mut at = self.run_of(index);
         let mut index = index;
-        let mut left = len;
+        let mut left = len as u32;
         while left > 0 {
-            let run = &self.runs[at];
-            let piece = left.min((run.end - index) as usize);
-            let memory = run.memory.slice((index - run.start) as usize, piece);
-            f(memory.ok_or(RingError::Index {
-                index,
-                size: self.size,
-            })?);
-            left -= piece;
-            at += 1;
-            index = run.end;
-            if at == self.runs.len() {
-                (at, index) = (0, 0);
+            let piece = self.piece(index, left)?;
+            let count = piece.len();
+            if count == 0 {
+                return Err(self.no_memory(index));
             }
+            f(piece.0);
+            left -= count;
+            index = self.advance(index, count);
         }
         Ok(())
     }
@@ -300,6 +358,7 @@ struct Fuse(bool);
 
 impl Fuse {
     /// Runs `f` unless the ring has stopped, and stops it if `f` meets an error of the guest's.
+    #[inline(always)]
     fn guard<R>(&mut self, f: impl FnOnce() -> Result<R, RingError>) -> Result<R, RingError> {
         if self.0 {
             return Err(RingError::Stopped);

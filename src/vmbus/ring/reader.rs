@@ -129,6 +129,7 @@ impl RingReader {
     /// # Errors
     ///
     /// A [`RingError`] stops the ring.
+    #[inline]
     pub fn read(&mut self, buf: &mut [u8]) -> Result<Option<Packet>, RingError> {
         self.fuse.guard(|| self.consumer.read(buf))
     }
@@ -139,6 +140,7 @@ impl RingReader {
     /// # Errors
     ///
     /// A [`RingError`] stops the ring.
+    #[inline]
     pub fn publish(&mut self) -> Result<bool, RingError> {
         self.fuse.guard(|| self.consumer.publish())
     }
@@ -206,6 +208,7 @@ impl Consumer {
         Ok(available)
     }
 
+    #[inline]
     fn read(&mut self, buf: &mut [u8]) -> Result<Option<Packet>, RingError> {
         self.memory.refresh()?;
         let mut available = self.memory.distance(self.next, self.write);
@@ -222,8 +225,16 @@ impl Consumer {
             });
         }
         // Loaded once, and only this copy is looked at.
-        let second = self.memory.advance(self.next, wire::ALIGN);
-        let words = [self.memory.word(self.next)?, self.memory.word(second)?];
+        let memory = &self.memory;
+        let piece = memory.piece(self.next, available)?;
+        let words = [
+            piece.load(0).ok_or_else(|| memory.no_memory(self.next))?,
+            match piece.load(wire::ALIGN) {
+                Some(second) => second,
+                // It wraps or leaves consecutive memory.
+                None => memory.word(memory.advance(self.next, wire::ALIGN))?,
+            },
+        ];
         let descriptor = wire::PacketDescriptor::from_words(words);
         let kind = check(&descriptor)?;
         let len = u32::from(descriptor.len8) * wire::ALIGN + wire::TRAILER_LEN;
@@ -233,8 +244,10 @@ impl Consumer {
         let offset = u32::from(descriptor.offset8) * wire::ALIGN;
         let payload_len = usize::from(descriptor.len8 - descriptor.offset8) * wire::ALIGN as usize;
         let copied = payload_len.min(buf.len());
-        let payload = self.memory.advance(self.next, offset);
-        self.memory.read(payload, &mut buf[..copied])?;
+        let to = &mut buf[..copied];
+        if piece.read(offset, to).is_none() {
+            memory.read(memory.advance(self.next, offset), to)?;
+        }
         self.next = self.memory.advance(self.next, len);
         Ok(Some(Packet {
             kind,
@@ -244,6 +257,7 @@ impl Consumer {
         }))
     }
 
+    #[inline]
     fn publish(&mut self) -> Result<bool, RingError> {
         if self.published == self.next {
             return Ok(false);
@@ -251,7 +265,8 @@ impl Consumer {
         self.memory.refresh()?;
         let read_index = self.memory.control(wire::READ_INDEX)?;
         // The guest stores its pending size, fences and looks at our index; we store our index and
-        // then look at its pending size: one of the two sees the other.
+        // then look at its pending size: one of the two sees the other. The only store that has to
+        // be more than a plain one.
         read_index.store(self.next, Ordering::SeqCst);
         let before = std::mem::replace(&mut self.published, self.next);
         // Free space is a multiple of 8, so the guests that ask for one byte less than they need

@@ -267,6 +267,34 @@ fn the_host_signals_only_an_empty_unmasked_ring() {
     assert!(!writer.send(room, &[1; 8]).unwrap());
 }
 
+/// What a ring of dirty pages holds after packets of many lengths.
+fn written(pfns: &[u64]) -> Vec<u8> {
+    let ram = ram(10);
+    let guest = GuestRing::new(&ram, pfns);
+    guest.put(0, &vec![0xee; guest.size() as usize]);
+    let mut writer = RingWriter::open(ram.clone(), pfns).unwrap();
+    for len in (0..=40).chain([100, 129, 4000, 257, 3001, 9]) {
+        let payload: Vec<u8> = (0..len).map(|at| at as u8 | 1).collect();
+        let room = reserve(&mut writer, len);
+        writer.complete(room, 0x1122_3344_5566, &payload).unwrap();
+        let (received, _) = guest.receive().expect("a packet");
+        assert_eq!(received.payload, padded(&payload), "{len}");
+    }
+    let mut data = Vec::new();
+    for pfn in &pfns[1..] {
+        let mut page = [0; 4096];
+        ram.read(pfn * 4096, &mut page).unwrap();
+        data.extend(page);
+    }
+    data
+}
+
+#[test]
+fn a_packet_is_the_same_in_one_piece_and_in_parts() {
+    // The first ring cuts packets in its middle and at its end, the second at its end only.
+    assert_eq!(written(&PFNS), written(&[3, 5, 6]));
+}
+
 #[test]
 fn completions_echo_the_transaction_and_sends_have_none() {
     let (guest, mut writer) = writer();

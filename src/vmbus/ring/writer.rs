@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::{Fuse, RingError, RingMemory};
+use super::{Fuse, Piece, RingError, RingMemory};
 use crate::hv::vmbus::ring as wire;
 use crate::mem::GuestRam;
 
@@ -120,6 +120,7 @@ impl RingWriter {
     /// # Errors
     ///
     /// [`RingError::TooLong`] if no packet can be that long; any other error stops the ring.
+    #[inline]
     pub fn reserve(&mut self, payload_len: usize) -> Result<Option<Reservation>, RingError> {
         self.fuse.guard(|| self.producer.reserve(payload_len))
     }
@@ -136,6 +137,7 @@ impl RingWriter {
     ///
     /// [`RingError::TooLong`] if the payload is longer than its reservation, which is given back;
     /// any other error stops the ring.
+    #[inline]
     pub fn send(&mut self, room: Reservation, payload: &[u8]) -> Result<bool, RingError> {
         let producer = &mut self.producer;
         self.fuse
@@ -148,6 +150,7 @@ impl RingWriter {
     /// # Errors
     ///
     /// As for [`RingWriter::send`].
+    #[inline]
     pub fn complete(
         &mut self,
         room: Reservation,
@@ -187,10 +190,6 @@ struct Producer {
     waiting: bool,
 }
 
-/// Longest packet that is put together before it is copied to the ring, in bytes: one copy of so
-/// many bytes costs less than three.
-const STAGED: usize = 128;
-
 /// Bytes in the ring of a packet with `payload_len` bytes of payload.
 fn ring_len(payload_len: usize) -> u32 {
     let payload = payload_len.next_multiple_of(wire::ALIGN as usize) as u32;
@@ -198,6 +197,7 @@ fn ring_len(payload_len: usize) -> u32 {
 }
 
 impl Producer {
+    #[inline]
     fn max_payload(&self) -> usize {
         // A ring is never filled completely: equal indices mean empty.
         let ring = self.memory.size - wire::ALIGN - ring_len(0);
@@ -206,6 +206,7 @@ impl Producer {
 
     /// Loads the guest's read index. It only moves towards our write index, so room that was there
     /// once stays there until we use it.
+    #[inline]
     fn load_read(&mut self) -> Result<u32, RingError> {
         let read = self.memory.load_index(wire::READ_INDEX)?;
         let used = self.memory.distance(read, self.write);
@@ -221,12 +222,14 @@ impl Producer {
     }
 
     /// True if `len` more bytes fit beside the packets and reservations there are.
+    #[inline]
     fn fits(&self, len: u32) -> bool {
         let used = self.memory.distance(self.read, self.write);
         let taken = u64::from(used) + u64::from(self.reserved) + u64::from(len);
         taken <= u64::from(self.memory.size - wire::ALIGN)
     }
 
+    #[inline]
     fn reserve(&mut self, payload_len: usize) -> Result<Option<Reservation>, RingError> {
         let limit = self.max_payload();
         if payload_len > limit {
@@ -245,6 +248,7 @@ impl Producer {
     }
 
     /// Looks whether the guest has made room for `len` bytes, and asks it to tell if it has not.
+    #[inline(never)]
     fn look_for_room(&mut self, len: u32) -> Result<bool, RingError> {
         self.memory.refresh()?;
         if !self.fits(len) {
@@ -269,10 +273,12 @@ impl Producer {
         Ok(true)
     }
 
+    #[inline]
     fn release(&mut self, reservation: Reservation) {
         self.reserved = self.reserved.saturating_sub(reservation.len);
     }
 
+    #[inline]
     fn write(
         &mut self,
         room: Reservation,
@@ -297,35 +303,19 @@ impl Producer {
             flags: 0,
             transaction_id,
         };
-        let mut head = [0; wire::DESCRIPTOR_LEN as usize];
-        let (words, _) = head.as_chunks_mut::<8>();
-        for (to, word) in words.iter_mut().zip(descriptor.to_words()) {
-            *to = word.to_le_bytes();
-        }
+        let words = descriptor.to_words();
         let start = self.write;
         self.memory.refresh()?;
         let memory = &self.memory;
-        let mut packet = [0; STAGED];
-        if len as usize <= STAGED {
-            let (descriptor, behind) = packet.split_at_mut(head.len());
-            descriptor.copy_from_slice(&head);
-            behind[..payload.len()].copy_from_slice(payload);
-            let packet = &mut packet[..len as usize];
-            put_trailer(packet, start);
-            memory.write(start, packet)?;
-        } else {
-            memory.write(start, &head)?;
-            let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
-            memory.write(payload_at, payload)?;
-            let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
-            let tail = &mut packet[..padding + wire::TRAILER_LEN as usize];
-            put_trailer(tail, start);
-            let tail_at = memory.advance(payload_at, payload.len() as u32);
-            memory.write(tail_at, tail)?;
+        let whole = memory.piece(start, len)?;
+        // One is cut where the ring wraps or its pages do not adjoin.
+        if whole.len() < len || put(&whole, words, payload, trailer(start)).is_none() {
+            put_in_parts(memory, start, words, payload)?;
         }
         self.write = memory.advance(start, len);
         // The guest unmasks, fences and looks at our index; we store our index and then look at its
-        // mask: one of the two sees the other.
+        // mask: one of the two sees the other. The only store that has to be more than a plain one:
+        // it publishes the packet too.
         let write_index = memory.control(wire::WRITE_INDEX)?;
         write_index.store(self.write, Ordering::SeqCst);
         let mask = memory.control(wire::INTERRUPT_MASK)?;
@@ -336,9 +326,46 @@ impl Producer {
     }
 }
 
-/// Ends a packet that started at index `start`.
-fn put_trailer(packet: &mut [u8], start: u32) {
-    let at = packet.len() - size_of::<u32>();
-    let trailer = mutant!("ring-trailer", start ^ 8, start);
-    packet[at..].copy_from_slice(&trailer.to_le_bytes());
+/// Writes a packet to memory that is as long as the packet. Word by word around the payload: the
+/// guest sees none of it before the index.
+#[inline(always)]
+fn put(piece: &Piece<'_>, words: [u64; 2], payload: &[u8], trailer: u64) -> Option<()> {
+    piece.store(0, words[0])?;
+    piece.store(wire::ALIGN, words[1])?;
+    let trailer_at = piece.len().checked_sub(wire::TRAILER_LEN)?;
+    if !payload.len().is_multiple_of(wire::ALIGN as usize) {
+        // The padding.
+        piece.store(trailer_at.checked_sub(wire::ALIGN)?, 0)?;
+    }
+    piece.write(wire::DESCRIPTOR_LEN, payload)?;
+    piece.store(trailer_at, trailer)
+}
+
+/// Writes a packet at `start` that wraps or leaves consecutive memory.
+#[inline(never)]
+fn put_in_parts(
+    memory: &RingMemory,
+    start: u32,
+    words: [u64; 2],
+    payload: &[u8],
+) -> Result<(), RingError> {
+    let mut head = [0; wire::DESCRIPTOR_LEN as usize];
+    let (to, _) = head.as_chunks_mut::<8>();
+    for (to, word) in to.iter_mut().zip(words) {
+        *to = word.to_le_bytes();
+    }
+    memory.write(start, &head)?;
+    let payload_at = memory.advance(start, wire::DESCRIPTOR_LEN);
+    memory.write(payload_at, payload)?;
+    let padding = payload.len().next_multiple_of(wire::ALIGN as usize) - payload.len();
+    let mut tail = [0; (wire::ALIGN + wire::TRAILER_LEN) as usize];
+    let tail = &mut tail[..padding + wire::TRAILER_LEN as usize];
+    tail[padding..].copy_from_slice(&trailer(start).to_le_bytes());
+    memory.write(memory.advance(payload_at, payload.len() as u32), tail)
+}
+
+/// The word behind a packet that started at index `start`.
+#[inline]
+fn trailer(start: u32) -> u64 {
+    u64::from(mutant!("ring-trailer", start ^ 8, start)) << 32
 }
