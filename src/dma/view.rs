@@ -124,6 +124,26 @@ impl<'a> DmaView<'a> {
         }
     }
 
+    /// The memory that an access starts with; recorded if there is none.
+    #[cold]
+    #[inline(never)]
+    fn run(
+        &self,
+        iova: u64,
+        len: usize,
+        access: Access,
+    ) -> vm_memory::guest_memory::Result<VolatileSlice<'_>> {
+        let run = self.first_run(iova, len, access);
+        let slice = run.and_then(|(gpa, count)| {
+            let slice = self.ram().prefix(gpa, count);
+            slice.ok_or(FaultCause::NotRam)
+        });
+        slice.map_err(|cause| {
+            self.record(iova, len, access, 0, cause);
+            GuestMemoryError::InvalidGuestAddress(GuestAddress(iova))
+        })
+    }
+
     /// Checks that each part of an access translates to RAM.
     #[cold]
     #[inline(never)]
@@ -221,27 +241,15 @@ impl<'s> Slices<'s> {
         self.first.as_ref().filter(|_| self.len == 0)
     }
 
-    #[cold]
-    #[inline(never)]
+    /// Looks the next run up. What is called gets no reference to the iterator, so that the
+    /// iterator of the usual access is in registers and not in memory.
+    #[inline(always)]
     fn next_run(&mut self) -> vm_memory::guest_memory::Result<VolatileSlice<'s>> {
-        let (view, iova, len) = (self.view, self.iova, self.len);
-        let run = view.first_run(iova, len, self.access);
-        let slice = run.and_then(|(gpa, count)| {
-            let slice = view.ram().prefix(gpa, count);
-            slice.ok_or(FaultCause::NotRam)
-        });
-        match slice {
-            Ok(slice) => {
-                self.iova += slice.len() as u64;
-                self.len -= slice.len();
-                Ok(slice)
-            }
-            Err(cause) => {
-                self.len = 0;
-                view.record(iova, len, self.access, 0, cause);
-                Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(iova)))
-            }
-        }
+        let run = self.view.run(self.iova, self.len, self.access);
+        let count = run.as_ref().map_or(self.len, VolatileSlice::len);
+        self.iova += count as u64;
+        self.len -= count;
+        run
     }
 }
 

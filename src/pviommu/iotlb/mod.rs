@@ -83,26 +83,30 @@ impl Iotlb {
     }
 
     /// What `iova` translates to, and how many bytes from there on follow in the same page.
-    #[inline]
+    // Inlined, and what is not a small page is elsewhere: the usual answer is in registers.
+    #[inline(always)]
     pub(crate) fn lookup(&self, iova: u64, write: bool) -> Option<(u64, u64)> {
-        let [small, larger @ ..] = LEVELS;
+        let [small, ..] = LEVELS;
         let sizes = self.sizes.load(Ordering::Relaxed);
         if sizes & 1 << small != 0
             && let Some(found) = self.probe(iova, small, write)
         {
             return Some(found);
         }
-        larger
-            .into_iter()
-            .filter(|level| sizes & 1 << level != 0)
-            .find_map(|level| self.probe_large(iova, level, write))
-            .or_else(|| self.missed())
+        self.lookup_larger(sizes, iova, write)
     }
 
-    #[cold]
-    fn missed(&self) -> Option<(u64, u64)> {
-        self.misses.fetch_add(1, Ordering::Relaxed);
-        None
+    /// Looks for a page of a larger size that is in use.
+    #[inline(never)]
+    fn lookup_larger(&self, sizes: u64, iova: u64, write: bool) -> Option<(u64, u64)> {
+        let found = LEVELS[1..]
+            .iter()
+            .filter(|level| sizes & 1 << **level != 0)
+            .find_map(|level| self.probe(iova, *level, write));
+        if found.is_none() {
+            self.misses.fetch_add(1, Ordering::Relaxed);
+        }
+        found
     }
 
     /// Looks for the page of one level. A write finds only what lets writes pass: otherwise a walk
@@ -116,12 +120,6 @@ impl Iotlb {
         }
         let offset = iova & (leaf_size(level) - 1);
         Some(((value & entry::ADDRESS) + offset, leaf_size(level) - offset))
-    }
-
-    /// Out of the way of the usual case.
-    #[inline(never)]
-    fn probe_large(&self, iova: u64, level: u8, write: bool) -> Option<(u64, u64)> {
-        self.probe(iova, level, write)
     }
 
     /// Keeps what a walk for `iova` found.
