@@ -20,6 +20,9 @@ fn duration() -> Duration {
     Duration::from_secs(seconds.unwrap_or(2))
 }
 
+/// Writes that a device tries after the end, if none came through before.
+const LATE: u64 = 1_000_000;
+
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -71,11 +74,14 @@ impl Space {
     }
 }
 
-/// Writes to random pages of whatever domain the function is in.
+/// Writes to random pages of whatever domain the function is in; until it has written something, for a
+/// busy machine may not have let it before.
 fn device(function: &Function, stop: &AtomicBool, seed: u64) -> u64 {
     let mut state = seed;
     let mut moved = 0;
-    while !stop.load(Ordering::Relaxed) {
+    let mut late = 0;
+    while !stop.load(Ordering::Relaxed) || (moved == 0 && late < LATE) {
+        late += u64::from(stop.load(Ordering::Relaxed));
         let dice = random(&mut state);
         let iova = IOVA + dice % (PAGES + 1) * 0x1000 - dice / 64 % 2 * 0x80;
         let bytes = [(dice >> 32) as u8 & 0x5f; LOOK];
@@ -89,7 +95,7 @@ fn guest(bed: &Bed, space: &Space, stop: &AtomicBool, seed: u64) -> u64 {
     let mut state = seed;
     let mut rounds = 0;
     let name = DomainName::FirstStage(space.number);
-    while !stop.load(Ordering::Relaxed) {
+    while rounds == 0 || !stop.load(Ordering::Relaxed) {
         let dice = random(&mut state);
         let page = dice % PAGES;
         let at = space.entries[page as usize];
@@ -116,7 +122,7 @@ fn guest(bed: &Bed, space: &Space, stop: &AtomicBool, seed: u64) -> u64 {
 fn mover(bed: &Bed, space: &Space, code: u64, stop: &AtomicBool, seed: u64) -> u64 {
     let mut state = seed;
     let mut rounds = 0;
-    while !stop.load(Ordering::Relaxed) {
+    while rounds == 0 || !stop.load(Ordering::Relaxed) {
         let dice = random(&mut state);
         match dice % 3 {
             0 => bed.iommu.detach(id(code)).unwrap(),
@@ -184,7 +190,7 @@ fn host(bed: &Bed, spaces: &[Space; 2], stop: &AtomicBool, seed: u64) -> u64 {
     let functions = [(A, &bed.a), (B, &bed.b)];
     let mut state = seed;
     let mut rounds = 0;
-    while !stop.load(Ordering::Relaxed) {
+    while rounds == 0 || !stop.load(Ordering::Relaxed) {
         let dice = random(&mut state);
         let at = (dice / 8 % 2) as usize;
         let (code, function) = functions[at];
@@ -233,7 +239,7 @@ fn host(bed: &Bed, spaces: &[Space; 2], stop: &AtomicBool, seed: u64) -> u64 {
 /// Calls that change nothing, of domains that come and go.
 fn bystander(bed: &Bed, stop: &AtomicBool) -> u64 {
     let mut rounds = 0;
-    while !stop.load(Ordering::Relaxed) {
+    while rounds == 0 || !stop.load(Ordering::Relaxed) {
         let name = DomainName::FirstStage(1 + rounds as u32 % 2);
         let flushed = match rounds % 3 {
             0 => bed.iommu.flush(name),
