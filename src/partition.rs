@@ -472,8 +472,9 @@ impl Partition {
 
     /// Takes a bus away at once, with all its functions (surprise removal). When this returns their
     /// DMA is drained and none will come, they raise no interrupt, the guest reads all ones from
-    /// them, and hypercalls do not know them. The guest is told by a rescinded offer; its instance
-    /// GUID can be plugged in again when the guest has released the channel
+    /// them, and hypercalls do not know them. The devices are dropped, whatever the guest does about it:
+    /// what they hold is free as soon as no other thread is inside one of them. The guest is told by a
+    /// rescinded offer; the instance GUID can be plugged in again when the guest has released the channel
     /// (docs/spec/vpci.md, section 8).
     ///
     /// False if no such bus is plugged in. Must not be called from a device's callback.
@@ -487,6 +488,8 @@ impl Partition {
         self.forget(&bus);
         bus.remove();
         self.vmbus.revoke(channel);
+        // Or an open bus would keep its devices until VMBus' worker comes to it.
+        self.vmbus.settle();
         true
     }
 

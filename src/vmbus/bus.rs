@@ -11,7 +11,9 @@ use arc_swap::ArcSwap;
 use super::channel::{ChannelDevice, ChannelIdentity, ChannelSignal, OpenedChannel};
 use super::counters::VmBusCounters;
 use super::ring::{RingError, RingReader, RingWriter};
-use super::server::{Action, ChannelId, MessagePort, Outgoing, RingPages, Server, supersedes};
+use super::server::{
+    Action, ChannelId, MessagePort, Outgoing, Phase, RingPages, Server, supersedes,
+};
 use super::{Limits, OfferError, VmBusConfig};
 use crate::hv::HvStatus;
 use crate::hv::vmbus::{self as wire, HostMessage, MessageBytes};
@@ -40,6 +42,7 @@ pub struct VmBus {
     events: OnceLock<Arc<dyn ConnectionEvents>>,
     step: Mutex<()>,
     server: Mutex<Server>,
+    /// Without those of channels that are revoked and closed.
     devices: Mutex<HashMap<ChannelId, Entry>>,
     inbox: Mutex<VecDeque<Inbound>>,
     inbox_full: AtomicU64,
@@ -211,11 +214,19 @@ impl VmBus {
         Ok(id)
     }
 
-    /// Takes an offer back. The worker closes the device and tells the guest; when the guest has
-    /// let go of the channel, [`ChannelDevice::released`] is called. That may never happen.
+    /// Takes an offer back. The worker closes the device, drops it, and tells the guest. The name is
+    /// free when the guest has let go of the channel, which may never happen.
     pub fn revoke(&self, id: ChannelId) {
         lock(&self.server).revoke(id);
+        self.drop_if_closed(id);
         self.wake();
+    }
+
+    /// Does what waits to be done to devices, without waiting for the worker. No callback of a
+    /// device may call this.
+    pub(crate) fn settle(&self) {
+        let _step = lock(&self.step);
+        while self.perform_action() {}
     }
 
     /// True from [`offer`](Self::offer) until the channel is revoked and released.
@@ -258,10 +269,12 @@ impl VmBus {
                 let pages = lock(&self.server).ring_pages(id);
                 let ok = pages.is_some_and(|pages| self.open_device(id, &pages));
                 lock(&self.server).opened(id, ok);
+                self.drop_if_closed(id);
             }
             Action::Close(id) => {
                 self.close_device(id);
                 lock(&self.server).closed(id);
+                self.drop_if_closed(id);
             }
             Action::Retarget(id, vp) => {
                 let devices = lock(&self.devices);
@@ -271,15 +284,24 @@ impl VmBus {
                     open.signal.set_target(Some(vp));
                 }
             }
-            Action::Released(id) => {
-                let entry = lock(&self.devices).remove(&id);
-                if let Some(entry) = entry {
-                    entry.device.released();
-                }
-            }
+            Action::Released(id) => self.drop_if_closed(id),
             Action::DiscardMessages(sint) => self.synic.discard_messages(sint),
         }
         true
+    }
+
+    /// Lets go of the device of a channel that is revoked and closed: it has what others may want,
+    /// and the guest may take for ever to let go of the channel.
+    fn drop_if_closed(&self, id: ChannelId) {
+        let in_use = match lock(&self.server).channel(id) {
+            Some(channel) => !channel.revoked || channel.phase != Phase::Rescinded,
+            None => false,
+        };
+        if !in_use {
+            // Dropped without the lock: a device takes locks of its own.
+            let entry = lock(&self.devices).remove(&id);
+            drop(entry);
+        }
     }
 
     /// Opens a device on its rings; its connection is live before.

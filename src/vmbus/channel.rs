@@ -74,10 +74,6 @@ pub trait ChannelDevice: Send + Sync + Debug {
     fn eventfd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-
-    /// The offer was revoked and the guest has let go of it: the same instance may be offered
-    /// again, and nothing of it is visible to the guest any more.
-    fn released(&self) {}
 }
 
 /// A channel's interrupt towards the guest: its event flag at its target VP. Clones share the

@@ -66,3 +66,27 @@ fn a_device_that_the_pviommu_had_no_room_for_can_be_plugged_in_later() {
     plug(&guest, INSTANCE, &device, &[0]).unwrap();
     guest.main_job(0x5_0003, 0x1_0004);
 }
+
+#[test]
+fn the_devices_of_a_removed_bus_are_the_callers_again_whatever_the_guest_does() {
+    for open in [false, true] {
+        let mut guest = Guest::new();
+        guest.boot();
+        assert!(guest.contact(0x5_0003));
+        let relid = if open {
+            guest.probe(0x1_0004)
+        } else {
+            guest.offers()[0].0
+        };
+        let spare = TestDevice::new(9, &*guest.host).unwrap();
+        let device = Arc::downgrade(&std::mem::replace(&mut guest.device, spare));
+        assert!(guest.partition.remove(&INSTANCE));
+        assert!(device.upgrade().is_none(), "open: {open}");
+        // The guest is told, and never answers.
+        guest.host.run();
+        assert_eq!(word(&guest.expect_message(2), 8), relid);
+        let spare = guest.device.clone();
+        let early = plug(&guest, INSTANCE, &spare, &[0]);
+        assert!(matches!(early, Err(PlugError::Offer(_))), "{early:?}");
+    }
+}

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::vmbus::ring::{RingReaderState, RingWriterState};
-use crate::vmbus::server::{Phase, ServerState, StateError};
+use crate::vmbus::server::{ServerState, StateError};
 use crate::vmbus::{ChannelIdentity, OpenError};
 
 /// A [`VmBus`] as plain data. Devices, their rings and counters are not part of it.
@@ -195,7 +195,7 @@ impl VmBus {
     }
 
     /// Files the devices under the ids of the saved channels. A channel that was revoked, and that
-    /// the guest has not let go of yet, needs no device any more.
+    /// the guest has not let go of yet, has no device any more.
     fn adopt_devices(&self, state: &ServerState) -> Result<(), VmBusStateError> {
         let mut devices = lock(&self.devices);
         let mut found = HashMap::new();
