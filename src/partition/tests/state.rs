@@ -301,6 +301,10 @@ fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
             |state| state.buses[0].rings.as_mut().unwrap().reader.next = 4,
             "ring index 0x4",
         ),
+        (
+            |state| state.vmbus.server.next_id = u64::MAX,
+            "id of the next channel",
+        ),
         (|state| state.synic.version = 9, "version 9"),
         (|state| state.msrs.version = 9, "version 9"),
     ];

@@ -44,6 +44,9 @@ pub enum StateError {
     /// A channel could not have come about.
     #[error("inconsistent channel {0:?}")]
     Channel(ChannelId),
+    /// No channel ever had the id before that of the next one.
+    #[error("impossible id of the next channel")]
+    NextId,
     /// There are more channels than the limits allow.
     #[error("too many channels")]
     TooManyChannels,
@@ -94,6 +97,10 @@ impl Server {
     ) -> Result<Self, StateError> {
         if state.version != ServerState::VERSION {
             return Err(StateError::Version(state.version));
+        }
+        // Ids are counted up from 1 and not used twice: half of them outlast any VM.
+        if !(1..=u64::MAX / 2).contains(&state.next_id) {
+            return Err(StateError::NextId);
         }
         let mut server = Self::new(limits, ram, vp_count);
         server.connection = state.connection;
