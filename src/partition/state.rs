@@ -163,6 +163,17 @@ impl Partition {
             }
         }
         result?;
+        // What a guest has switched on ends with its channel, so there must be one.
+        for Plugged { bus, .. } in &*buses {
+            let instance = bus.config().instance;
+            let in_use = |saved: &PluggedState| {
+                saved.instance == instance && saved.bus.protocol_version.is_some()
+            };
+            if state.buses.iter().any(in_use) && bus.save_rings().is_none() {
+                let source = RestoreError::Closed;
+                return Err(PartitionStateError::Bus { instance, source });
+            }
+        }
         // After the buses, whose way to D0 has released what was held.
         match (&self.iommu, &state.iommu) {
             (None, None) => {}

@@ -456,6 +456,24 @@ fn an_impossible_saved_bus_is_refused_and_leaves_the_bus_reset() {
         E::Config { number: 0 }
     );
     assert!(matches!(check(&|s| s.window = Some(0)), E::Window(_)));
+    assert_eq!(check(&|s| s.protocol_version = None), E::Unnegotiated);
+    let unpowered = |change: &dyn Fn(&mut crate::vpci::FunctionState)| {
+        check(&|s| {
+            s.window = None;
+            for function in &mut s.functions {
+                // COMMAND.
+                function.config[1] &= !6;
+                function.interrupts.messages.clear();
+            }
+            change(&mut s.functions[1]);
+        })
+    };
+    assert_eq!(unpowered(&|f| f.config[1] |= 2), E::Power { number: 3 });
+    assert_eq!(unpowered(&|f| f.config[1] |= 4), E::Power { number: 3 });
+    assert_eq!(
+        unpowered(&|f| f.interrupts.messages = good.functions[0].interrupts.messages.clone()),
+        E::Power { number: 3 }
+    );
     assert!(matches!(
         check(&|s| s.functions[1].interrupts.entries.clear()),
         E::Interrupts { number: 3, .. }

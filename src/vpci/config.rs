@@ -331,6 +331,12 @@ impl ConfigSpace {
     }
 }
 
+/// True if saved registers have the function decode its BARs, or let it do DMA.
+pub(crate) fn is_enabled(dwords: &[u32]) -> bool {
+    let command = dwords.get(1).copied().unwrap_or(0);
+    command & (COMMAND_MEMORY | COMMAND_MASTER) != 0
+}
+
 /// A mask of the low `count` (at most 32) bits.
 fn low_bits(count: u8) -> u32 {
     ((1u64 << count) - 1) as u32

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::bus::Bus;
+use super::config::is_enabled;
 use super::interrupts::{InterruptsState, StateError};
 use super::lock;
 use super::mmio::MmioError;
@@ -71,6 +72,18 @@ pub enum RestoreError {
     /// The config window cannot be where it was.
     #[error(transparent)]
     Window(#[from] MmioError),
+    /// A config window without a version of the protocol.
+    #[error("the bus is in D0, but no protocol version is in force")]
+    Unnegotiated,
+    /// A function that decodes, may do DMA or has interrupts on a bus that is not in D0.
+    #[error("function {number} is in use, but the bus is not in D0")]
+    Power {
+        /// Function number.
+        number: u8,
+    },
+    /// A bus that is used over a channel that is not open.
+    #[error("the guest uses the bus, but its channel is closed")]
+    Closed,
     /// The interrupts of a function are impossible.
     #[error("function {number}: {source}")]
     Interrupts {
@@ -138,11 +151,17 @@ impl Bus {
         if !numbers.eq(state.functions.iter().map(|function| function.number)) {
             return Err(RestoreError::Functions);
         }
+        if state.window.is_some() && version.is_none() {
+            return Err(RestoreError::Unnegotiated);
+        }
         for (slot, saved) in slots.iter().zip(&state.functions) {
+            let number = saved.number;
             if !slot.accepts_config(&saved.config) {
-                return Err(RestoreError::Config {
-                    number: saved.number,
-                });
+                return Err(RestoreError::Config { number });
+            }
+            let in_use = is_enabled(&saved.config) || !saved.interrupts.messages.is_empty();
+            if in_use && state.window.is_none() {
+                return Err(RestoreError::Power { number });
             }
         }
         let mut channel = lock(&self.channel);

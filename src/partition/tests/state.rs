@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::vmbus::VmBusStateError;
+use crate::vmbus::server::Phase;
 
 /// What the guest saw in a step.
 type Answer = Vec<u8>;
@@ -304,6 +305,26 @@ fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
         (
             |state| state.vmbus.server.next_id = u64::MAX,
             "id of the next channel",
+        ),
+        (
+            |state| state.vmbus.server.channels[0].1.revoked = true,
+            "inconsistent channel",
+        ),
+        // In use, and closed.
+        (
+            |state| {
+                state.vmbus.server.channels[0].1.phase = Phase::Offered;
+                state.vmbus.server.gpadls.clear();
+                state.buses[0].rings = None;
+            },
+            "channel is closed",
+        ),
+        (
+            |state| {
+                state.vmbus.server.channels[0].1.phase = Phase::Offered;
+                state.vmbus.server.gpadls.clear();
+            },
+            "channel is closed",
         ),
         (|state| state.synic.version = 9, "version 9"),
         (|state| state.msrs.version = 9, "version 9"),
