@@ -280,6 +280,14 @@ impl HandleTable {
         if routes.is_empty() || routes.len() > usize::from(MAX_BLOCK) {
             return Err(HandleError::Count { count });
         }
+        // Each VP once: a set has no more members than the VM has VPs.
+        let is_set = |route: &Route| match &route.target {
+            Target::One(_) => true,
+            Target::All(vps) => vps.is_sorted_by(|a, b| a < b),
+        };
+        if !routes.iter().all(is_set) {
+            return Err(HandleError::Target);
+        }
         let start = base as usize;
         let step = reserved(count);
         let mut allocator = lock(&self.allocator);

@@ -63,7 +63,7 @@ pub struct MessageState {
 pub struct RouteState {
     /// Vector, 0x10 to 0xFF.
     pub vector: u8,
-    /// VP indices that all take it; not empty.
+    /// VP indices that all take it, ascending; not empty.
     pub vps: Vec<u32>,
 }
 

@@ -487,6 +487,8 @@ fn a_bad_saved_state_is_refused_and_leaves_the_interrupts_off() {
     for change in [
         (|s| s.messages[0].data = 1) as fn(&mut InterruptsState),
         |s| s.messages[0].data = u32::MAX - 1,
+        |s| s.messages[0].routes[0].vps = vec![0, 0],
+        |s| s.messages[0].routes[0].vps = vec![1, 0],
         |s| s.messages[0].routes.clear(),
         |s| s.messages[0].routes[1].vector = 3,
         |s| s.messages[0].routes[1].vps.clear(),
