@@ -369,6 +369,27 @@ fn a_state_does_not_fit_a_partition_with_another_bus() {
 }
 
 #[test]
+fn a_bus_that_was_removed_there_does_not_fit_one_that_is_plugged_in() {
+    let guest = busy();
+    let mut state = guest.partition.save();
+    let bus = state.buses[0].clone();
+    assert!(guest.partition.remove(&INSTANCE));
+    guest.host.run();
+    state.vmbus = guest.partition.save().vmbus;
+    // Plugged in and unused, while its channel is one that the guest is to give back.
+    state.buses = vec![PluggedState {
+        bus: Guest::new().partition.save().buses[0].bus.clone(),
+        rings: None,
+        ..bus
+    }];
+    let next = Guest::over(guest.ram.clone());
+    assert_eq!(
+        next.partition.restore(&state),
+        Err(PartitionStateError::VmBus(VmBusStateError::Devices))
+    );
+}
+
+#[test]
 fn a_state_that_has_one_bus_twice_does_not_fit_two_buses() {
     let mut state = busy().partition.save();
     let twice = state.buses[0].clone();

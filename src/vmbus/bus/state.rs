@@ -202,6 +202,8 @@ impl VmBus {
         for (id, channel) in &state.channels {
             let mut entries = devices.values();
             match entries.find(|entry| entry.device.identity() == channel.identity) {
+                // It would not be offered when the guest has let go of the channel.
+                Some(_) if channel.revoked => return Err(VmBusStateError::Devices),
                 Some(Entry { device, .. }) => {
                     let device = device.clone();
                     found.insert(*id, Entry { device, open: None });
