@@ -182,6 +182,9 @@ impl Partition {
         }
         // Last: taking over VMBus drops the messages that wait in the SynIC.
         self.synic.restore(&state.synic)?;
+        for plugged in &*buses {
+            plugged.bus.signal_guest();
+        }
         Ok(())
     }
 }

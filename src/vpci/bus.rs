@@ -356,6 +356,15 @@ impl Bus {
         self.close();
     }
 
+    /// Signals the guest once, if the channel is open: after a restore, over which a signal may have been
+    /// lost (docs/spec/vmbus.md#VB-10-04). Whether there is anything to read does not matter: it may
+    /// have waited for room.
+    pub(crate) fn signal_guest(&self) {
+        if let Some(open) = &lock(&self.channel).open {
+            open.channel.signal.signal();
+        }
+    }
+
     /// State for people and tests.
     pub fn report(&self) -> BusReport {
         let channel = lock(&self.channel);

@@ -390,6 +390,28 @@ fn a_bus_that_was_removed_there_does_not_fit_one_that_is_plugged_in() {
 }
 
 #[test]
+fn a_restore_signals_the_guest_on_each_open_channel() {
+    let (mut guest, relid) = main_job(0x6_0000, 0x1_0004);
+    let flags = 0x11200;
+    for open in [true, false] {
+        if !open {
+            guest.close(relid);
+        }
+        // As if a signal had been lost.
+        guest.ram.store_u32(flags, 0, Ordering::SeqCst).unwrap();
+        guest = guest.migrate();
+        let set = guest.ram.load_u32(flags, Ordering::SeqCst).unwrap();
+        let raised = msis(&guest);
+        if open {
+            assert_eq!(set, 1 << relid);
+            assert_eq!(raised, format!("{:?}", [Msi::fixed(0, 0xf3)]).into_bytes());
+        } else {
+            assert_eq!((set, &raised[..]), (0, &b"[]"[..]));
+        }
+    }
+}
+
+#[test]
 fn a_state_that_has_one_bus_twice_does_not_fit_two_buses() {
     let mut state = busy().partition.save();
     let twice = state.buses[0].clone();
