@@ -41,6 +41,7 @@ use vm_vpci::{BusSpec, FunctionSpec, Partition, PartitionConfig, PartitionHost};
 use crate::api::{BusStatus, FunctionStatus, Listing, MachineState};
 use crate::counters;
 use crate::error::Error;
+use crate::incarnation::{Incarnation, Incarnations};
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::PluggedRam;
 use crate::passthrough::PassThrough;
@@ -270,6 +271,10 @@ pub(crate) struct Embedding {
     shadow: Option<Arc<Shadow>>,
     cpus: u8,
     devices: Mutex<Vec<Device>>,
+    /// Locked after the devices.
+    incarnations: Mutex<Incarnations>,
+    /// Held from the choice of a bus's name on: without it two clients would be given the same.
+    plugging: Mutex<()>,
 }
 
 /// What the host's KVM can do, as far as the library has a use for it.
@@ -379,6 +384,8 @@ impl Embedding {
             shadow,
             cpus: functions.cpus,
             devices: Mutex::new(functions.devices),
+            incarnations: Mutex::default(),
+            plugging: Mutex::default(),
         })
     }
 
@@ -623,6 +630,12 @@ impl Embedding {
         Ok(())
     }
 
+    fn incarnations(&self) -> MutexGuard<'_, Incarnations> {
+        self.incarnations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn devices(&self) -> MutexGuard<'_, Vec<Device>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -644,19 +657,22 @@ impl Embedding {
         // Locked first: whoever removes the bus finds its devices.
         let mut devices = self.devices();
         self.partition.plug(bus)?;
+        self.incarnations().begin(instance);
         devices.extend(functions.devices);
         Ok(instance)
     }
 
-    /// Asks the guest to let go of a bus; `done` is called once when it has, or has lost it.
+    /// Asks the guest to let go of a bus; `done` is called once when it has, or has lost it. Gives what
+    /// tells the bus from a later one of the same name.
     ///
     /// # Errors
     ///
     /// [`UnplugError`].
-    pub(crate) fn eject(&self, bus: &Uuid, done: Ejected) -> Result<(), UnplugError> {
-        // Not while the VM is being saved.
+    pub(crate) fn eject(&self, bus: &Uuid, done: Ejected) -> Result<Incarnation, UnplugError> {
+        // Not while the VM is being saved, nor while somebody else plugs or removes.
         let _devices = self.devices();
-        self.partition.eject(bus, done)
+        self.partition.eject(bus, done)?;
+        Ok(self.incarnations().of(bus))
     }
 
     /// Takes a bus away at once.
@@ -665,10 +681,27 @@ impl Embedding {
     ///
     /// [`UnplugError::NoSuchBus`].
     pub(crate) fn remove(&self, bus: &Uuid) -> Result<(), UnplugError> {
+        self.take_away(&mut self.devices(), bus)
+    }
+
+    /// Takes a bus away at once, unless it is another one than it was.
+    ///
+    /// # Errors
+    ///
+    /// [`UnplugError::NoSuchBus`].
+    pub(crate) fn remove_ejected(&self, bus: &Uuid, was: Incarnation) -> Result<(), UnplugError> {
         let mut devices = self.devices();
+        if self.incarnations().of(bus) != was {
+            return Err(UnplugError::NoSuchBus);
+        }
+        self.take_away(&mut devices, bus)
+    }
+
+    fn take_away(&self, devices: &mut Vec<Device>, bus: &Uuid) -> Result<(), UnplugError> {
         if !self.partition.remove(bus) {
             return Err(UnplugError::NoSuchBus);
         }
+        self.incarnations().end(bus);
         devices.retain(|device| device.bus != *bus);
         Ok(())
     }

@@ -18,6 +18,7 @@ mod error;
 mod firmware;
 mod hostile;
 mod image;
+mod incarnation;
 mod kernel;
 mod layout;
 mod long_mode;

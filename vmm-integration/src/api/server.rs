@@ -335,7 +335,8 @@ impl Context {
             // Nobody listens any more after a timeout.
             let _ = done.send(());
         };
-        self.embedding()
+        let incarnation = self
+            .embedding()
             .eject(&instance, Box::new(tell))
             .map_err(unplug_refused)?;
         let shared = self.shared.clone();
@@ -344,8 +345,9 @@ impl Context {
                 Err(RecvTimeoutError::Timeout) => Ejection::TimedOut,
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => Ejection::Released,
             };
-            // Somebody else may have removed it meanwhile, which is as good.
-            let _ = shared.embedding.remove(&instance);
+            // Somebody else may have removed it meanwhile, which is as good, and even plugged in
+            // another one, which must stay.
+            let _ = shared.embedding.remove_ejected(&instance, incarnation);
             how
         };
         let how = if wait {
