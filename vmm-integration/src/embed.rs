@@ -646,6 +646,7 @@ impl Embedding {
     ///
     /// [`Error`]; nothing has changed.
     pub(crate) fn plug(&self, specs: &[String]) -> Result<Uuid, Error> {
+        let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let present: Vec<Uuid> = self.partition.buses().iter().map(|b| b.instance).collect();
         let placed = spec::parse(specs, &present)?;
         let mut functions = Functions::on(self.workers.clone(), &placed, self.cpus)?;

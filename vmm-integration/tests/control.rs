@@ -130,6 +130,33 @@ fn buses_come_and_go_while_the_guest_runs() {
 }
 
 #[test]
+fn clients_that_plug_in_at_once_get_a_bus_each() {
+    const CLIENTS: usize = 12;
+    let Some(vm) = Vm::start("clients_that_plug_in_at_once_get_a_bus_each") else {
+        return;
+    };
+    let start = std::sync::Barrier::new(CLIENTS);
+    let request = json!({"command": "plug", "specs": ["rng"]}).to_string();
+    std::thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                start.wait();
+                let reply = vm.raw(&request);
+                assert!(reply["result"]["plugged"].is_string(), "{reply}");
+            });
+        }
+    });
+    let list = vm.list();
+    let buses = list["buses"].as_array().unwrap();
+    let domains: std::collections::BTreeSet<_> = buses
+        .iter()
+        .map(|bus| bus["domain_hint"].as_u64())
+        .collect();
+    assert_eq!((buses.len(), domains.len()), (CLIENTS + 1, CLIENTS + 1));
+    vm.quit();
+}
+
+#[test]
 fn what_cannot_be_plugged_in_is_refused_with_the_reason() {
     let Some(vm) = Vm::start("what_cannot_be_plugged_in_is_refused_with_the_reason") else {
         return;
