@@ -1,8 +1,9 @@
 //! Looks at disk images before a VM is built, to say what is wrong in the words of the option.
 #![forbid(unsafe_code)]
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// What is wrong with an image.
@@ -15,6 +16,12 @@ pub(crate) enum ImageError {
         path: PathBuf,
         /// What the host says.
         source: io::Error,
+    },
+    /// It has no size.
+    #[error("{}: neither a regular file nor a block device", path.display())]
+    Kind {
+        /// The image.
+        path: PathBuf,
     },
     /// It may not be written, and `readonly=on` is not given.
     #[error("{}: the file is read-only: add readonly=on, or make it writable", path.display())]
@@ -34,6 +41,13 @@ pub(crate) fn check(path: &Path, readonly: bool) -> Result<(), ImageError> {
         path: path.to_owned(),
         source,
     };
+    // Looked at before it is opened: to open a pipe is to wait for whoever writes to it.
+    let kind = fs::metadata(path).map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(ImageError::Kind {
+            path: path.to_owned(),
+        });
+    }
     let file = OpenOptions::new().read(true).open(path).map_err(failed)?;
     if readonly {
         return Ok(());
@@ -73,6 +87,21 @@ mod tests {
         let error = check(file.path(), false).unwrap_err();
         assert!(error.to_string().contains("readonly=on"), "{error}");
         check(file.path(), true).unwrap();
+    }
+
+    #[test]
+    fn a_pipe_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        for readonly in [true, false] {
+            let (path, (done, result)) = (path.clone(), std::sync::mpsc::channel());
+            std::thread::spawn(move || done.send(check(&path, readonly)));
+            let result = result.recv_timeout(std::time::Duration::from_secs(10));
+            let error = result.expect("it waits for a writer").unwrap_err();
+            assert!(error.to_string().contains("block device"), "{error}");
+        }
     }
 
     #[test]
