@@ -92,6 +92,8 @@ pub(crate) struct FunctionSlot {
     /// The guest has had the function in its hands since the last reset.
     dirty: AtomicBool,
     refused_bars: AtomicU64,
+    /// Pieces of BARs that the VMM could not map into the guest.
+    refused_areas: AtomicU64,
     /// Absent for a function that is not behind a pvIOMMU.
     link: Option<IommuLink>,
     /// The pvIOMMU knows this function by its id.
@@ -148,6 +150,7 @@ impl FunctionSlot {
             placement: Mutex::default(),
             dirty: AtomicBool::new(false),
             refused_bars: AtomicU64::new(0),
+            refused_areas: AtomicU64::new(0),
             link,
             linked: AtomicBool::new(true),
         }))
@@ -399,11 +402,18 @@ impl FunctionSlot {
                 let (offset, len) = (piece.start - area.offset, piece.end - piece.start);
                 match mapper.map(gpa, &area.memory, offset, len) {
                     Ok(()) => placement.areas.push(gpa),
-                    Err(error) => log::warn!(
-                        "{} (function {}): BAR {bar} at {gpa:#x} is reached by exits: {error}",
-                        self.layout.kind,
-                        self.number
-                    ),
+                    Err(error) => {
+                        let count = self.refused_areas.fetch_add(1, Ordering::Relaxed) + 1;
+                        // A guest can do this as often as it likes: log at powers of two.
+                        if count.is_power_of_two() {
+                            log::warn!(
+                                "{} (function {}): BAR {bar} at {gpa:#x} is reached by exits, \
+                                 {count} so far: {error}",
+                                self.layout.kind,
+                                self.number
+                            );
+                        }
+                    }
                 }
             }
         }
