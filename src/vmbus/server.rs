@@ -227,6 +227,8 @@ pub struct Server {
     /// Bit n: a contact was refused on SINT n, which is not this server's, since the last
     /// [`Action::DiscardMessages`] of it.
     refused_sints: u16,
+    /// Refusals since those that wait at the SynIC were last dropped.
+    refusals: u32,
     counters: VmBusCounters,
 }
 
@@ -246,6 +248,7 @@ impl Server {
             actions: VecDeque::new(),
             outbox: VecDeque::new(),
             refused_sints: 0,
+            refusals: 0,
             counters: VmBusCounters::default(),
         }
     }

@@ -505,6 +505,28 @@ fn a_revoked_channel_is_closed_rescinded_and_released() {
 }
 
 #[test]
+fn refusals_that_a_guest_does_not_take_are_bounded_on_all_vps_together() {
+    let guest = Guest::new(2304);
+    let waiting = || {
+        let state = guest.synic.save();
+        state.vps.iter().map(|vp| vp.queue.len()).sum::<usize>()
+    };
+    let unknown = Version(0x7_0000);
+    for n in 0..1000 {
+        guest.post(&guest_os::contact(unknown, n % 2));
+    }
+    assert!((1..=64).contains(&waiting()), "{}", waiting());
+    // Of other servers, while connected; what the connection owes is not lost.
+    while !guest.messages().is_empty() {}
+    guest.post(&guest_os::contact(Version::V5_3, 1));
+    let owed = waiting();
+    for n in 0..1000u32 {
+        guest.post(&foreign_contact(n % 2));
+    }
+    assert!(waiting() <= owed + 64, "{}", waiting());
+}
+
+#[test]
 fn a_device_or_ring_that_cannot_open_fails_the_open() {
     let guest = Guest::new(64);
     let echo = Echo::new(1);

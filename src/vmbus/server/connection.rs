@@ -15,6 +15,10 @@ pub(super) const VERSIONS: [Version; 7] = [
     Version::V6_0,
 ];
 
+/// After so many refusals of contacts those that still wait at the SynIC are dropped: they go to any
+/// VP, each of which has a queue.
+const MAX_REFUSALS: u32 = 64;
+
 /// Number of SINTs; SINT 0 belongs to the hypervisor.
 pub(super) const SINT_COUNT: u8 = 16;
 
@@ -143,6 +147,15 @@ impl Server {
     /// Answers a contact with no. Linux looks at `supported` only.
     fn refuse(&mut self, request: ContactRequest) {
         self.counters.contacts_refused += 1;
+        if self.refusals >= MAX_REFUSALS {
+            // Nobody takes them. A connection has none on its own SINT, but other messages.
+            match self.connection {
+                Connection::Disconnected => self.discard_messages(),
+                _ => self.discard_refusals(),
+            }
+            self.refusals = 0;
+        }
+        self.refusals += 1;
         if request.is_foreign() {
             self.refused_sints |= 1u16 << request.sint;
         }
@@ -204,6 +217,7 @@ impl Server {
 
     /// Has dropped what waits at the SynIC.
     pub(super) fn discard_messages(&mut self) {
+        self.refusals = 0;
         self.actions.push_back(Action::DiscardMessages(wire::SINT));
         self.discard_refusals();
     }
