@@ -120,7 +120,8 @@ impl Control {
         self.post(GuestEvent::Failed(why));
     }
 
-    fn post(&self, event: GuestEvent) {
+    /// vCPU thread: reports an event, and goes on.
+    pub(crate) fn post(&self, event: GuestEvent) {
         lock(&self.events).push(event);
         if let Err(error) = self.wake.write(1) {
             log::error!("cannot wake the main thread: {error}");

@@ -212,7 +212,7 @@ impl Vcpu {
     /// have more exits to come, such as a store of 16 bytes.
     fn complete_exit(&mut self, shared: &Shared) {
         self.fd.set_kvm_immediate_exit(1);
-        while let Next::Continue = self.enter_guest(shared) {}
+        complete(&shared.control, || self.enter_guest(shared));
         self.fd.set_kvm_immediate_exit(0);
     }
 
@@ -291,5 +291,51 @@ impl Vcpu {
             "vCPU {}: {what} (RIP {rip:#x})",
             self.index
         )))
+    }
+}
+
+/// Enters the guest by `enter` until no exit is under way. What the guest asks for meanwhile is told:
+/// it will not ask again.
+fn complete(control: &Control, mut enter: impl FnMut() -> Next) {
+    loop {
+        match enter() {
+            Next::Continue => {}
+            Next::Interrupted => return,
+            Next::Report(event) => {
+                let is_over = matches!(event, GuestEvent::Failed(_));
+                control.post(event);
+                if is_over {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_asks_for_while_it_is_paused_is_not_lost() {
+        let failed = GuestEvent::Failed("it is over".into());
+        for (exits, events) in [
+            (
+                vec![
+                    Next::Continue,
+                    Next::Report(GuestEvent::PowerOff),
+                    Next::Continue,
+                    Next::Interrupted,
+                ],
+                vec![GuestEvent::PowerOff],
+            ),
+            (vec![Next::Report(failed.clone())], vec![failed]),
+        ] {
+            let control = Control::new(1).unwrap();
+            let mut exits = exits.into_iter();
+            complete(&control, || exits.next().expect("it goes on for ever"));
+            assert_eq!(exits.len(), 0, "an exit is left under way");
+            assert_eq!(control.take_events(), events);
+        }
     }
 }
