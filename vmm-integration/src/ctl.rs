@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::api::{
-    Answer, BusStatus, Ejection, FunctionStatus, Listing, MAX_LINE, MachineState, Reply, Request,
+    Answer, BusStatus, Ejection, FunctionStatus, Listing, MachineState, Reply, Request,
 };
 use crate::cli::{CtlArgs, CtlVerb};
 
@@ -15,6 +15,9 @@ use crate::cli::{CtlArgs, CtlVerb};
 const REFUSED: u8 = 1;
 /// Exit status where no VM answers.
 const NO_VM: u8 = 3;
+
+/// Longest reply: a listing names each vector of each function.
+const MAX_REPLY: u64 = 1 << 28;
 
 /// Carries the command out and gives the exit status.
 pub(crate) fn ctl(args: &CtlArgs) -> u8 {
@@ -84,7 +87,7 @@ fn ask(socket: &Path, request: &Request) -> io::Result<Reply> {
     line.push(b'\n');
     stream.write_all(&line)?;
     let mut reply = String::new();
-    BufReader::new(stream.take(MAX_LINE)).read_line(&mut reply)?;
+    BufReader::new(stream.take(MAX_REPLY)).read_line(&mut reply)?;
     if reply.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -179,7 +182,7 @@ fn write_function(text: &mut String, function: &FunctionStatus) -> std::fmt::Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::DomainReport;
+    use crate::report::{DomainReport, VectorReport};
 
     #[test]
     fn a_listing_shows_every_function() {
@@ -220,6 +223,54 @@ mod tests {
              pvIOMMU: 1 domains\n\
              \x20 domain 5: 1 functions, 1 faults\n"
         );
+    }
+
+    #[test]
+    fn a_reply_may_be_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let vector = VectorReport {
+            index: 0,
+            raised: u64::MAX,
+            suppressed: 0,
+        };
+        let function = FunctionStatus {
+            function: 0,
+            kind: "vfio".into(),
+            logical_id: 0,
+            iommu: false,
+            bars: [].into(),
+            live_messages: 0,
+            vectors: vec![vector; 2048],
+            dma_faults: 0,
+            last_fault: None,
+        };
+        let bus = BusStatus {
+            bus: "b".into(),
+            domain_hint: 1,
+            open: false,
+            version: None,
+            functions: vec![function; 8],
+        };
+        let vm = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = String::new();
+            BufReader::new(&stream).read_line(&mut request).unwrap();
+            let reply = Reply::Result(Answer::List(Listing {
+                state: MachineState::Running,
+                buses: vec![bus; 4],
+                domains: None,
+            }));
+            let mut line = serde_json::to_vec(&reply).unwrap();
+            assert!(line.len() as u64 > crate::api::MAX_LINE);
+            line.push(b'\n');
+            // A client that reads no further ends the connection.
+            let _ = stream.write_all(&line);
+        });
+        let reply = ask(&path, &Request::List).unwrap();
+        assert!(matches!(reply, Reply::Result(Answer::List(listing)) if listing.buses.len() == 4));
+        vm.join().unwrap();
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::report::{DomainReport, VectorReport};
 
-/// Longest line of a request or a reply, in bytes.
+/// Longest line of a request, in bytes.
 pub(crate) const MAX_LINE: u64 = 1 << 20;
 /// Seconds that a guest has to let go of a bus, unless the request says otherwise
 /// (docs/spec/vpci.md, section 8).
