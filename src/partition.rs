@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Lock order: the partition's own lock guards plugging and unplugging only; it is taken before
-//! any lock of a layer below, and never by an exit.
+//! any lock of a layer below, and by no exit. [`Partition::buses`] takes it too, on whatever thread the
+//! VMM asks for a report.
 #![forbid(unsafe_code)]
 
 use std::io;

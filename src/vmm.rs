@@ -1,9 +1,12 @@
 //! What the library needs of the VMM that embeds it.
 //!
 //! Each trait says one thing, in the library's own terms, so that an embedder is not tied to the
-//! versions of the KVM or VFIO crates that this library uses. Calls into these traits are made
-//! with no lock of the library held, with two exceptions: [`MsiSink::raise_msi`] and
-//! [`TrackedPages::change`] are leaves.
+//! versions of the KVM or VFIO crates that this library uses.
+//!
+//! Calls into these traits may come with locks of the library held, from those of the whole partition
+//! to that of an interrupt vector; each trait says which. So no implementation may call back into the
+//! library, take a lock that is held while the library is called, or wait for a thread that does
+//! either.
 #![forbid(unsafe_code)]
 
 use std::fmt::Debug;
@@ -45,6 +48,10 @@ pub trait MsiSink: Send + Sync + Debug {
 }
 
 /// Wakes a worker: the next time the VMM's loop runs, it calls [`Worker::process`].
+///
+/// Both methods are called with whatever locks are held where there is work: that of the partition's
+/// buses, VMBus' `step`, a BAR's, those of a device. So [`trigger`](Self::trigger) never runs the
+/// worker itself.
 pub trait Trigger: Send + Sync + Debug {
     /// Requests a run of the worker. Several triggers may collapse into one run, but each run
     /// starts after the last trigger before it. Must not block; callable from any thread.
@@ -72,7 +79,7 @@ pub trait Worker: Send + Sync + Debug {
 /// the ready-made one of feature `devices`, or, in tests, a list that is drained by hand.
 pub trait WorkerHost: Send + Sync + Debug {
     /// Adopts a worker and returns what wakes it. A worker whose weak reference no longer upgrades
-    /// is gone and may be forgotten.
+    /// is gone and may be forgotten. May be called with the lock of the partition's buses held.
     ///
     /// # Errors
     ///
@@ -93,6 +100,7 @@ pub struct Doorbell {
 }
 
 /// Short-circuits doorbell registers (ioeventfd). Optional: without it the stores arrive as MMIO.
+/// Called with the placement lock of the function held.
 pub trait Doorbells: Send + Sync + Debug {
     /// Connects a doorbell to an eventfd.
     ///
@@ -108,7 +116,8 @@ pub trait Doorbells: Send + Sync + Debug {
     fn remove(&self, doorbell: Doorbell, eventfd: BorrowedFd<'_>) -> io::Result<()>;
 }
 
-/// Shows a host device's memory to the guest, so that its accesses do not leave it.
+/// Shows a host device's memory to the guest, so that its accesses do not leave it. Called with the
+/// placement lock of the function held.
 pub trait BarMapper: Send + Sync + Debug {
     /// Makes `len` bytes of `memory` from `offset` on appear at guest physical address `gpa`; all of them
     /// multiples of the page size, and nothing else is there.
@@ -126,7 +135,7 @@ pub trait BarMapper: Send + Sync + Debug {
 }
 
 /// Makes lines by which the host's kernel interrupts the guest without this process (an irqfd and a
-/// route).
+/// route). Called, as each [`HostLine`] is, inside the guard of an interrupt vector.
 pub trait HostLines: Send + Sync + Debug {
     /// A line that leads nowhere yet.
     ///
@@ -157,7 +166,7 @@ pub trait HostLine: Send + Sync + Debug {
 
 /// Lets HvSignalEvent on a connection ring an eventfd in the kernel instead of leaving the guest
 /// (KVM_HYPERV_EVENTFD). Optional, and of use in hybrid mode only: without it the signals arrive as
-/// hypercalls.
+/// hypercalls. Called with VMBus' `step` held.
 pub trait ConnectionEvents: Send + Sync + Debug {
     /// Connects flag 0 of a connection, whose id is below 2^24, to an eventfd.
     ///

@@ -45,9 +45,10 @@ pub struct OpenedChannel {
 
 /// A device behind a channel.
 ///
-/// [`open`](Self::open) and [`close`](Self::close) come from the VMBus worker, one at a time and
-/// in turn, with no lock of the server held; they may take the lock of the device's own worker,
-/// whose steps are bounded.
+/// [`open`](Self::open) and [`close`](Self::close) come from the VMBus worker, or from a thread that
+/// resets, saves, restores or removes, one at a time and in turn. VMBus' `step` is held, which makes
+/// them so, and no other lock of it; they may take the lock of the device's own worker, whose steps
+/// are bounded.
 pub trait ChannelDevice: Send + Sync + Debug {
     /// The channel's identity; constant.
     fn identity(&self) -> ChannelIdentity;

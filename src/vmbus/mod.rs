@@ -9,7 +9,7 @@
 //!
 //! | # | lock | held for | while held, calls out to |
 //! |---|---|---|---|
-//! | 1 | `step` | one step of the worker, or a reset | devices (open, close, released), SynIC |
+//! | 1 | `step` | one step of the worker, a removal, or a reset | devices (open, close), SynIC |
 //! | 2 | `server` | one transition of the state machine | nothing |
 //! | 3 | `devices` | one look-up or change | nothing |
 //! | 4 | `inbox` | one message in or out | nothing |
@@ -17,7 +17,8 @@
 //!
 //! A lock is taken only while holding locks of smaller numbers. Virtual CPUs take 4 (messages) or
 //! none (signals). [`VmBus::offer`] and [`VmBus::revoke`] take 2 and 3, so a device may call them
-//! from its callbacks; [`VmBus::reset`] takes 1, so a device must not.
+//! from its callbacks; [`VmBus::reset`] takes 1, and so does the removal of a bus: a device must do
+//! neither.
 #![forbid(unsafe_code)]
 
 use uuid::Uuid;

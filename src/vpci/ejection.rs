@@ -13,7 +13,8 @@ use crate::hv::vpci::{MessageType, Slot};
 use crate::vmbus::ring::{RingError, RingWriter};
 
 /// What is to happen when the guest has let go. It runs on the bus's worker, or on the thread that
-/// closes the channel, with the bus's lock held: it must not call into the partition.
+/// closes the channel, or inside the call that asks if the channel is not open, with the bus's lock held
+/// and often the partition's: it must not call into the partition.
 pub type Ejected = Box<dyn FnOnce() + Send>;
 
 /// Why a bus cannot be asked for.

@@ -284,7 +284,8 @@ pub trait PciFunction: Send + Sync + Debug {
     }
 
     /// The guest switched bus mastering. For a device that does not use [`Dma`], where it is in force
-    /// already: when this returns the device starts no DMA while it is off.
+    /// already: when this returns the device starts no DMA while it is off. Called with the placement
+    /// lock of the function held: it must not switch bus mastering or write the configuration space.
     fn set_bus_master(&self, on: bool) {
         let _ = on;
     }

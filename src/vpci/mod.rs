@@ -27,10 +27,13 @@
 //! 5. the route of a message handle, in which [`crate::vmm::MsiSink::raise_msi`] runs.
 //!
 //! [`function::PciFunction`] is called with the lock of the BAR that is accessed, shared; for a
-//! store to a capability with the placement lock; for a reset with the channel lock. What it calls,
-//! DMA and interrupts, comes behind all of them. Reading the configuration space takes no lock at all,
-//! so a vCPU that polls it with interrupts off never waits for a worker; RETARGET takes only the
-//! route (5).
+//! store to a capability, and when bus mastering is switched, with the placement lock; for a reset
+//! with the channel lock. What it calls, DMA and interrupts, comes behind all of them.
+//!
+//! Reading the configuration space takes no lock, so a vCPU that polls the vendor id with interrupts
+//! off never waits for a worker. There are two exceptions, neither of which Linux polls: a register
+//! that a capability has the device answer takes the device's locks, and the MSI pending bits of a
+//! function whose messages the host delivers the MSI state's (4). RETARGET takes only the route (5).
 #![forbid(unsafe_code)]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

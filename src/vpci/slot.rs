@@ -164,7 +164,8 @@ impl FunctionSlot {
         });
     }
 
-    /// A guest's load from the configuration space. Takes no lock.
+    /// A guest's load from the configuration space. Takes no lock, but for MSI pending bits that are
+    /// the host's, and registers that the device answers.
     pub(crate) fn config_read(&self, offset: usize, data: &mut [u8]) {
         self.config
             .read(offset, data, || self.interrupts.msi_pending());
