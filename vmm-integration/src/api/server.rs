@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -27,6 +27,9 @@ use crate::vcpu::Shared;
 
 /// Most clients at the same time.
 const MAX_CLIENTS: usize = 16;
+
+/// Longest time that the end of the VM waits for replies to be written.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +82,19 @@ pub(crate) struct Orders {
     queue: Mutex<Vec<Given>>,
     state: Mutex<MachineState>,
     wake: EventFd,
+    /// Clients that are still to hear that the VM ends.
+    farewells: Mutex<usize>,
+    farewell_said: Condvar,
+}
+
+/// A client that is to hear that the VM ends, until this is dropped.
+struct Farewell<'a>(&'a Orders);
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.farewells) -= 1;
+        self.0.farewell_said.notify_all();
+    }
 }
 
 impl Orders {
@@ -92,6 +108,8 @@ impl Orders {
             queue: Mutex::default(),
             state: Mutex::new(MachineState::Running),
             wake: EventFd::new(EFD_NONBLOCK)?,
+            farewells: Mutex::default(),
+            farewell_said: Condvar::new(),
         })
     }
 
@@ -125,6 +143,22 @@ impl Orders {
     fn state(&self) -> MachineState {
         *lock(&self.state)
     }
+
+    fn begin_farewell(&self) -> Farewell<'_> {
+        *lock(&self.farewells) += 1;
+        Farewell(self)
+    }
+
+    /// Waits until all who asked for the end have their replies, but not for ever: a client may not
+    /// read.
+    fn end_farewells(&self, patience: Duration) {
+        let farewells = lock(&self.farewells);
+        let to_come = |count: &mut usize| *count != 0;
+        drop(
+            self.farewell_said
+                .wait_timeout_while(farewells, patience, to_come),
+        );
+    }
 }
 
 impl AsRawFd for Orders {
@@ -138,6 +172,8 @@ impl AsRawFd for Orders {
 pub(crate) struct Server {
     path: PathBuf,
     listener: Option<UnixListener>,
+    /// Once it serves clients.
+    orders: Option<Arc<Orders>>,
 }
 
 impl Server {
@@ -169,6 +205,7 @@ impl Server {
         Ok(Self {
             path: path.to_owned(),
             listener: Some(listener.map_err(failed)?),
+            orders: None,
         })
     }
 
@@ -181,6 +218,7 @@ impl Server {
         let Some(listener) = self.listener.take() else {
             return Ok(());
         };
+        self.orders = Some(orders.clone());
         let context = Context { shared, orders };
         let accept = move || accept(&listener, &context);
         thread::Builder::new()
@@ -192,6 +230,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // The process ends next, with the threads that write replies.
+        if let Some(orders) = &self.orders {
+            orders.end_farewells(PATIENCE);
+        }
         // Best effort: the next VMM finds that nobody answers there.
         let _ = fs::remove_file(&self.path);
     }
@@ -249,13 +291,14 @@ fn serve(stream: &UnixStream, context: &Context) -> io::Result<()> {
             return Ok(());
         }
         let whole = line.ends_with(b"\n") || (length as u64) < MAX_LINE;
-        let reply = if !whole {
+        let request = if !whole {
             Err(bad_request("the line is too long"))
         } else {
-            serde_json::from_slice(&line)
-                .map_err(bad_request)
-                .and_then(|request| context.handle(request))
+            serde_json::from_slice(&line).map_err(bad_request)
         };
+        let quits = matches!(request, Ok(Request::Quit));
+        let _farewell = quits.then(|| context.orders.begin_farewell());
+        let reply = request.and_then(|request| context.handle(request));
         let reply = reply.map_or_else(Reply::Error, Reply::Result);
         write_line(&mut &*stream, &reply)?;
         if !whole {
@@ -413,6 +456,27 @@ mod tests {
         let nowhere = dir.path().join("none/s");
         let error = Server::bind(&nowhere).unwrap_err().to_string();
         assert!(error.starts_with("--api-socket ") && error.contains("none/s"));
+    }
+
+    #[test]
+    fn the_vm_ends_when_who_asked_for_it_has_the_reply() {
+        let orders = Arc::new(Orders::new().unwrap());
+        let (begun, wait) = mpsc::channel();
+        let client = {
+            let orders = orders.clone();
+            thread::spawn(move || {
+                let _farewell = orders.begin_farewell();
+                begun.send(()).unwrap();
+                thread::sleep(Duration::from_millis(50));
+            })
+        };
+        wait.recv().unwrap();
+        orders.end_farewells(Duration::from_secs(60));
+        assert_eq!(*lock(&orders.farewells), 0);
+        client.join().unwrap();
+        // A client that does not read holds nothing up.
+        let _farewell = orders.begin_farewell();
+        orders.end_farewells(Duration::from_millis(1));
     }
 
     #[test]
