@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 
 use crate::cpuid::{self, CpuidConfig, CpuidLeaf, Features};
+use crate::device_id::LogicalDeviceId;
 use crate::hv::HvStatus;
 use crate::hypercall::{
     CallCounters, CallRegisters, Dispatcher, InterruptGroup, KernelCalls, MessageCalls,
@@ -38,7 +39,7 @@ use crate::synic::{SynicConfig, SynicCounters, UserSynic};
 use crate::vmbus::{ChannelDevice, ChannelId, OfferError, VmBus, VmBusConfig, VmBusCounters};
 use crate::vmm::{BarMapper, Clock, ConnectionEvents, Doorbells, MsiSink, WorkerHost};
 use crate::vpci::bus::{Bus, BusConfig, BusError, BusHost, BusReport};
-use crate::vpci::function::FunctionSpec;
+use crate::vpci::function::{FunctionSpec, PciFunction};
 use crate::vpci::mmio::{MmioCounters, MmioError, MmioSpace};
 use crate::vpci::registry::{DeviceRegistry, DuplicateId};
 use crate::vpci::{EjectError, Ejected};
@@ -464,11 +465,53 @@ impl Partition {
     /// [`EjectError`]; `done` does not run then.
     pub fn eject(&self, instance: &Uuid, done: Ejected) -> Result<(), EjectError> {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
-        let plugged = buses
-            .iter()
-            .find(|plugged| plugged.bus.config().instance == *instance)
-            .ok_or(EjectError::NoSuchBus)?;
-        plugged.bus.eject(done)
+        find(&buses, instance)?.eject(done)
+    }
+
+    /// Asks the guest to let go of one function of a bus, as [`Self::eject`] asks for all; then, or
+    /// when patience is at its end, the caller takes it away with [`Self::remove_function`].
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError`]; `done` does not run then. Function 0 goes with its bus only. One ejection of a
+    /// bus or of a function of it is under way at a time.
+    pub fn eject_function(
+        &self,
+        instance: &Uuid,
+        function: u8,
+        done: Ejected,
+    ) -> Result<(), EjectError> {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        find(&buses, instance)?.eject_function(function, done)
+    }
+
+    /// Takes one function of a bus away at once, and gives its device back. When this returns its DMA
+    /// is drained and none will come, it raises no interrupt, the guest reads all ones from it, and
+    /// hypercalls do not know it; after that the guest is told, by new bus relations. The other
+    /// functions go on undisturbed. Its place stays empty until the bus is plugged in anew. Must not be
+    /// called from a device's callback.
+    ///
+    /// A guest that was not asked before ([`Self::eject_function`]), or did not answer, keeps a driver
+    /// on a device that reads all ones (docs/spec/vpci.md, section 5).
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError`] but `Busy`; nothing has changed then.
+    pub fn remove_function(
+        &self,
+        instance: &Uuid,
+        function: u8,
+    ) -> Result<Arc<dyn PciFunction>, EjectError> {
+        let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        let bus = find(&buses, instance)?;
+        bus.check_removable(function)?;
+        self.registry.remove_function(bus, function);
+        // What it does from now on must not reach who gets its id.
+        bus.function_leaves_iommu(function);
+        if let Some(iommu) = &self.iommu {
+            iommu.remove_device(LogicalDeviceId::new(instance, function));
+        }
+        bus.remove_function(function)
     }
 
     /// Takes a bus away at once, with all its functions (surprise removal). When this returns their
@@ -529,6 +572,13 @@ impl Partition {
             mmio: self.mmio.counters(),
         }
     }
+}
+
+/// The bus of this name.
+fn find<'a>(buses: &'a [Plugged], instance: &Uuid) -> Result<&'a Arc<Bus>, EjectError> {
+    let mut all = buses.iter().map(|plugged| &plugged.bus);
+    let found = all.find(|bus| bus.config().instance == *instance);
+    found.ok_or(EjectError::NoSuchBus)
 }
 
 /// The message and event hypercalls, answered by VMBus: no other connection exists.

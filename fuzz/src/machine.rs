@@ -337,6 +337,18 @@ impl Machine {
         self.partition.remove(instance)
     }
 
+    /// Tears one function of a bus out. False if it cannot be.
+    pub fn remove_function(&mut self, instance: &Uuid, number: u8) -> bool {
+        if self.partition.remove_function(instance, number).is_err() {
+            return false;
+        }
+        let of_bus = |bus: &&mut Plugged| bus.instance == *instance;
+        if let Some(bus) = self.buses.iter_mut().find(of_bus) {
+            bus.functions.retain(|function| function.number != number);
+        }
+        true
+    }
+
     /// Drops the partition and makes one with the same buses over the same RAM.
     ///
     /// # Panics

@@ -36,7 +36,7 @@ pub(super) fn assign(
     }
     let mut addresses = [0; BAR_COUNT];
     for (bar, descriptor) in request.memory.iter().enumerate() {
-        addresses[bar] = placed_at(function, bar, descriptor)?;
+        addresses[bar] = placed_at(&function, bar, descriptor)?;
     }
     replies.complete(&wire::ResourcesAssignedReply {
         status: Status::Success.code().into(),
@@ -53,7 +53,7 @@ pub(super) fn assign(
             MessageType::ResourcesAssigned2 => InterruptRequest::v2(&parse(entry)?, vps),
             _ => InterruptRequest::v3(&parse(entry)?, vps),
         }
-        .and_then(|request| request.create(function));
+        .and_then(|request| request.create(&function));
         match mapped {
             Ok(message) => {
                 replies.complete(&message);
@@ -62,7 +62,7 @@ pub(super) fn assign(
                 replies.completion.resize(end, 0);
             }
             Err(status) => {
-                unmap(function, &replies.completion[mapped_from..], reply_len);
+                unmap(&function, &replies.completion[mapped_from..], reply_len);
                 return Err(status);
             }
         }

@@ -3,13 +3,13 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use uuid::Uuid;
 
 use super::device_id::LogicalDeviceId;
 use super::ejection::{EjectError, Ejected, Ejection};
-use super::function::{BAR_COUNT, FunctionSpec};
+use super::function::{BAR_COUNT, FunctionSpec, PciFunction};
 use super::interrupts::VectorCounters;
 use super::interrupts::handles::{Route, Target};
 use super::layout::LayoutError;
@@ -17,7 +17,7 @@ use super::lock;
 use super::mmio::MmioSpace;
 use super::protocol::{BusCore, Protocol, ProtocolCounters, Replies};
 use super::slot::{FunctionSlot, IommuLink, SlotHost};
-use super::window::{ConfigWindow, Functions};
+use super::window::{ConfigWindow, Functions, Places};
 use crate::dma::DmaCounters;
 use crate::hv::HvStatus;
 use crate::hv::vpci::{CLASS_ID, MAX_PAYLOAD_LEN, ProtocolVersion};
@@ -162,8 +162,10 @@ pub(super) struct Channel {
     corrupt_rings: u64,
     /// The bus was taken away; it is never opened again.
     removed: bool,
-    /// The guest was asked to let go of the functions.
+    /// The guest was asked to let go of functions.
     ejection: Option<Ejection>,
+    /// A function was taken away, and the guest has not been told which are left.
+    pub(super) relations_due: bool,
 }
 
 impl Channel {
@@ -220,7 +222,7 @@ impl Bus {
                 mode,
             })),
         };
-        let functions = Arc::new(plug(functions, &slot_host, link)?);
+        let functions = Arc::new(Functions::new(plug(functions, &slot_host, link)?));
         let bus = Arc::new(Self {
             config,
             core: BusCore {
@@ -277,6 +279,13 @@ impl Bus {
         }
     }
 
+    /// The same for one function.
+    pub(crate) fn function_leaves_iommu(&self, number: u8) {
+        if let Some(slot) = self.core.functions.get(number) {
+            slot.leave_iommu();
+        }
+    }
+
     fn id(&self, number: u8) -> LogicalDeviceId {
         LogicalDeviceId::new(&self.config.instance, number)
     }
@@ -295,8 +304,7 @@ impl Bus {
         let slot = self
             .core
             .functions
-            .get(usize::from(function))
-            .and_then(Option::as_ref)
+            .get(function)
             .ok_or(HvStatus::INVALID_DEVICE_ID)?;
         let first = request.targets.first().ok_or(HvStatus::INVALID_PARAMETER)?;
         let target =
@@ -332,11 +340,43 @@ impl Bus {
     ///
     /// [`EjectError::Busy`]; `done` does not run.
     pub fn eject(&self, done: Ejected) -> Result<(), EjectError> {
-        let mut channel = lock(&self.channel);
+        let all = |mask, slot: Arc<FunctionSlot>| mask | 1 << slot.number;
+        let channel = lock(&self.channel);
+        self.ask(channel, self.core.functions().fold(0, all), done)
+    }
+
+    /// Asks the guest to let go of one function, as [`Bus::eject`] does for all. The function stays
+    /// until the caller takes it away with [`Bus::remove_function`].
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError`]; `done` does not run.
+    pub fn eject_function(&self, number: u8, done: Ejected) -> Result<(), EjectError> {
+        let channel = lock(&self.channel);
+        self.removable(number)?;
+        self.ask(channel, 1 << number, done)
+    }
+
+    /// The function of a number, unless it has to stay as long as the bus.
+    fn removable(&self, number: u8) -> Result<Arc<FunctionSlot>, EjectError> {
+        let slot = self.core.functions.get(number);
+        let slot = slot.ok_or(EjectError::NoSuchFunction { number })?;
+        match number {
+            0 => Err(EjectError::Function0),
+            _ => Ok(slot),
+        }
+    }
+
+    fn ask(
+        &self,
+        mut channel: MutexGuard<'_, Channel>,
+        functions: u8,
+        done: Ejected,
+    ) -> Result<(), EjectError> {
         if channel.ejection.is_some() {
             return Err(EjectError::Busy);
         }
-        let ejection = Ejection::new(&self.core, done);
+        let ejection = Ejection::new(functions, done);
         if channel.open.is_none() {
             ejection.finish();
             return Ok(());
@@ -363,6 +403,49 @@ impl Bus {
         if let Some(open) = &lock(&self.channel).open {
             open.channel.signal.signal();
         }
+    }
+
+    /// Takes one function away at once, whatever the guest is doing with it. When this returns no DMA
+    /// of it is under way or to come, it raises no interrupt, its BARs and its configuration space read
+    /// all ones, and no request of the guest finds it; for good. The others go on undisturbed. The
+    /// guest is told by new bus relations, on which Linux drops the function from its list but not its
+    /// driver: ask first ([`Bus::eject_function`]), and come here when it has let go or its time is
+    /// over.
+    ///
+    /// The device is what this returns; it is connected to nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// [`EjectError::NoSuchFunction`], [`EjectError::Function0`]; nothing has changed.
+    pub fn remove_function(&self, number: u8) -> Result<Arc<dyn PciFunction>, EjectError> {
+        let mut channel = lock(&self.channel);
+        let slot = self.removable(number)?;
+        // In this order: whoever has found it before finds it switched off.
+        slot.reset(false);
+        self.core.functions.take(number);
+        let mut left = self.core.functions();
+        if let (Some(last), None) = (left.next(), left.next()) {
+            last.set_alone();
+        }
+        channel.relations_due = channel.open.is_some();
+        if let Some(ejection) = &mut channel.ejection {
+            ejection.gone(number);
+        }
+        if let Some(ejection) = channel.ejection.take_if(|e| e.is_complete()) {
+            ejection.finish();
+        }
+        drop(channel);
+        self.trigger();
+        Ok(slot.device().clone())
+    }
+
+    /// True if there is such a function, and it can go without its bus.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Bus::remove_function`].
+    pub(crate) fn check_removable(&self, number: u8) -> Result<(), EjectError> {
+        self.removable(number).map(drop)
     }
 
     /// State for people and tests.
@@ -407,6 +490,15 @@ impl Bus {
             && !open.eject(ejection)?
         {
             return Ok(false);
+        }
+        if channel.relations_due {
+            // Who has no version yet asks for the relations later.
+            if let Some(version) = channel.protocol.version()
+                && !open.announce(&self.core, version)?
+            {
+                return Ok(false);
+            }
+            channel.relations_due = false;
         }
         if !open.reserve()? {
             return Ok(false);
@@ -481,16 +573,35 @@ impl Open {
     /// Sends the EJECTs of an ejection. False if there is no room yet: the guest signals when there
     /// is.
     fn eject(&mut self, ejection: &mut Ejection) -> Result<bool, RingError> {
+        self.release();
         let ring = &mut self.channel;
-        // In a small ring they may be all the room there is, for requests yet to come.
-        if let Some((relations, completion)) = self.rooms.take() {
-            ring.writer.release(relations);
-            ring.writer.release(completion);
-        }
         if ejection.send(&mut ring.writer)? {
             ring.signal.signal();
         }
         Ok(!ejection.to_send())
+    }
+
+    /// Sends the relations of now, unasked. False if there is no room yet, as above.
+    fn announce(&mut self, core: &BusCore, version: ProtocolVersion) -> Result<bool, RingError> {
+        self.release();
+        let ring = &mut self.channel;
+        let relations = self.replies.announce(core, version);
+        let Some(room) = ring.writer.reserve(relations.len())? else {
+            return Ok(false);
+        };
+        if ring.writer.send(room, relations)? {
+            ring.signal.signal();
+        }
+        Ok(true)
+    }
+
+    /// Gives up the room for answers to requests that are yet to come: in a small ring it may be all
+    /// there is.
+    fn release(&mut self) {
+        if let Some((relations, completion)) = self.rooms.take() {
+            self.channel.writer.release(relations);
+            self.channel.writer.release(completion);
+        }
     }
 
     /// Reserves room for the answers of the next request. False if there is none yet: the guest
@@ -521,10 +632,10 @@ fn plug(
     mut specs: Vec<FunctionSpec>,
     host: &SlotHost,
     link: impl Fn(&FunctionSpec) -> Result<Option<IommuLink>, BusError>,
-) -> Result<Functions, BusError> {
+) -> Result<Places, BusError> {
     specs.sort_by_key(|spec| spec.number);
     let multi_function = specs.len() > 1;
-    let mut functions = Functions::default();
+    let mut functions = Places::default();
     for spec in specs {
         let number = spec.number;
         let place = functions
@@ -574,6 +685,7 @@ impl ChannelDevice for Bus {
             channel.open = None;
         }
         channel.protocol.close(&self.core);
+        channel.relations_due = false;
         if let Some(ejection) = channel.ejection.take() {
             ejection.finish();
         }

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use arrayvec::ArrayVec;
 
@@ -99,10 +99,12 @@ pub(crate) type Body = ArrayVec<u8, { DWORDS * 4 }>;
 #[derive(Debug)]
 pub(crate) struct ConfigSpace {
     dwords: [AtomicU32; DWORDS],
-    /// What the registers hold after reset.
+    /// What the registers hold after reset, but for [`Self::set_alone`].
     initial: [u32; DWORDS],
     /// Bits that the guest may write.
     writable: [u32; DWORDS],
+    /// The bus had other functions beside this one, and has none any more.
+    alone: AtomicBool,
     bars: [BarSpec; BAR_COUNT],
     /// First double word and messages of the MSI capability.
     msi: Option<(usize, u8)>,
@@ -154,6 +156,7 @@ impl ConfigSpace {
         Ok(Self {
             dwords: build.initial.map(AtomicU32::new),
             initial: build.initial,
+            alone: AtomicBool::new(false),
             writable: build.writable,
             bars: layout.bars,
             msi,
@@ -176,13 +179,28 @@ impl ConfigSpace {
 
     /// Back to the state after reset: decode and bus mastering off, BARs zero.
     pub(crate) fn reset(&self) {
-        for (dword, initial) in self
+        for (index, dword) in self
             .dwords
             .iter()
-            .zip(self.initial)
+            .enumerate()
             .filter(|_| !mutant!("reset-keeps-config"))
         {
-            dword.store(initial, Ordering::Relaxed);
+            dword.store(self.initial(index), Ordering::Relaxed);
+        }
+    }
+
+    /// The function is the only one of its bus from now on. No store is under way.
+    pub(crate) fn set_alone(&self) {
+        self.alone.store(true, Ordering::Relaxed);
+        self.dwords[HEADER_TYPE].fetch_and(!MULTI_FUNCTION, Ordering::Relaxed);
+    }
+
+    /// What a register holds after reset.
+    fn initial(&self, index: usize) -> u32 {
+        let initial = self.initial[index];
+        match index {
+            HEADER_TYPE if self.alone.load(Ordering::Relaxed) => initial & !MULTI_FUNCTION,
+            _ => initial,
         }
     }
 
@@ -314,7 +332,7 @@ impl ConfigSpace {
     /// True if `dwords` differs from the reset state in writable bits alone.
     pub(crate) fn accepts(&self, dwords: &[u32]) -> bool {
         dwords.len() == DWORDS
-            && (0..DWORDS).all(|i| (dwords[i] ^ self.initial[i]) & !self.writable[i] == 0)
+            && (0..DWORDS).all(|i| (dwords[i] ^ self.initial(i)) & !self.writable[i] == 0)
     }
 
     /// Takes over saved registers, which [`ConfigSpace::accepts`] has found good.

@@ -1,4 +1,4 @@
-//! Orderly removal: the guest is asked to let go of a bus's functions
+//! Orderly removal: the guest is asked to let go of functions, of all of a bus or of one
 //! (docs/spec/vpci.md#vpci-8).
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,6 @@ use std::fmt;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
-use super::protocol::BusCore;
 use crate::hv::vpci as wire;
 use crate::hv::vpci::{MessageType, Slot};
 use crate::vmbus::ring::{RingError, RingWriter};
@@ -17,14 +16,23 @@ use crate::vmbus::ring::{RingError, RingWriter};
 /// and often the partition's: it must not call into the partition.
 pub type Ejected = Box<dyn FnOnce() + Send>;
 
-/// Why a bus cannot be asked for.
+/// Why a bus or a function cannot be asked for or taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EjectError {
     /// No such bus is plugged in.
     #[error("no such bus is plugged in")]
     NoSuchBus,
-    /// The guest has already been asked, and has not answered yet.
-    #[error("the guest has already been asked to let go of this bus")]
+    /// The bus has no such function.
+    #[error("the bus has no function {number}")]
+    NoSuchFunction {
+        /// Function number.
+        number: u8,
+    },
+    /// A guest that looks at the bus anew finds no function of it without function 0.
+    #[error("function 0 goes with its bus: no guest finds the others without it")]
+    Function0,
+    /// The guest has already been asked, for functions of this bus, and has not answered yet.
+    #[error("the guest has already been asked to let go of this bus, or of a function of it")]
     Busy,
 }
 
@@ -47,14 +55,11 @@ impl fmt::Debug for Ejection {
 }
 
 impl Ejection {
-    /// Of all functions.
-    pub(super) fn new(core: &BusCore, done: Ejected) -> Self {
-        let all = core
-            .functions()
-            .fold(0, |mask, slot| mask | 1 << slot.number);
+    /// Of these functions, as bits.
+    pub(super) fn new(functions: u8, done: Ejected) -> Self {
         Self {
-            unsent: all,
-            held: all,
+            unsent: functions,
+            held: functions,
             done,
         }
     }
@@ -95,6 +100,12 @@ impl Ejection {
         if mutant!("ejected-at-first") && functions & !self.unsent != 0 {
             self.held = 0;
         }
+    }
+
+    /// A function was taken away: there is nothing to let go of any more.
+    pub(super) fn gone(&mut self, function: u8) {
+        self.unsent &= !(1 << function);
+        self.held &= !(1 << function);
     }
 
     /// True when the guest has let go of all functions.

@@ -15,7 +15,7 @@ use super::assignment;
 use super::interrupts::handles::{HANDLE_ADDRESS, HandleError};
 use super::mmio::{MmioRegion, MmioSpace};
 use super::slot::FunctionSlot;
-use super::window::{self, ConfigWindow, Functions};
+use super::window::{ConfigWindow, Functions};
 use crate::hv::vpci as wire;
 use crate::hv::vpci::{MessageType, ProtocolVersion, Slot, Status};
 
@@ -30,13 +30,13 @@ pub(crate) struct BusCore {
 
 impl BusCore {
     /// The functions there are, by number.
-    pub(crate) fn functions(&self) -> impl Iterator<Item = &Arc<FunctionSlot>> {
-        self.functions.iter().flatten()
+    pub(crate) fn functions(&self) -> impl Iterator<Item = Arc<FunctionSlot>> + use<> {
+        self.functions.iter()
     }
 
-    pub(super) fn find(&self, slot: U32) -> Result<&Arc<FunctionSlot>, Status> {
+    pub(super) fn find(&self, slot: U32) -> Result<Arc<FunctionSlot>, Status> {
         Slot::from_code(slot.get())
-            .and_then(|slot| window::find(&self.functions, slot))
+            .and_then(|slot| self.functions.find(slot))
             .ok_or(Status::BadData)
     }
 }
@@ -79,6 +79,13 @@ impl Replies {
             completion: Vec::with_capacity(limit),
             limit,
         }
+    }
+
+    /// The relations of now, which no request asked for.
+    pub(super) fn announce(&mut self, core: &BusCore, version: ProtocolVersion) -> &[u8] {
+        self.clear();
+        relations(core, version, &mut self.relations);
+        &self.relations
     }
 
     fn clear(&mut self) {
@@ -195,7 +202,8 @@ impl Protocol {
             T::QueryResourceRequirements => requirements(core, payload, replies)?,
             T::GetResources => {
                 let request: wire::GetResources = parse(payload)?;
-                assignment::resources(core.find(request.slot)?, replies);
+                let function = core.find(request.slot)?;
+                assignment::resources(&function, replies);
             }
             T::BusD0Entry => {
                 self.enter_d0(core, payload)?;
@@ -362,7 +370,7 @@ fn relations(core: &BusCore, version: ProtocolVersion, out: &mut Vec<u8>) {
     };
     out.extend_from_slice(head.as_bytes());
     for function in core.functions() {
-        let base = description(function);
+        let base = description(&function);
         if second {
             let description = wire::DeviceDescription2 {
                 base,
@@ -497,7 +505,7 @@ fn create_interrupt(
     replies.complete(&wire::CreateInterruptReply {
         status: Status::Success.code().into(),
         reserved: 0.into(),
-        message: request.create(function)?,
+        message: request.create(&function)?,
     });
     Ok(())
 }

@@ -53,7 +53,7 @@ impl Rig {
 
     fn live(&self) -> usize {
         let functions = &self.guest.bus.core.functions;
-        functions[0].as_ref().unwrap().interrupts.handles.live()
+        functions.get(0).unwrap().interrupts.handles.live()
     }
 }
 

@@ -91,6 +91,14 @@ impl DeviceRegistry {
         Ok(())
     }
 
+    /// Forgets one function of `bus`.
+    pub fn remove_function(&self, bus: &Arc<Bus>, function: u8) {
+        let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = Vec::clone(&self.entries.load());
+        entries.retain(|entry| !Arc::ptr_eq(&entry.bus, bus) || entry.id.function() != function);
+        self.entries.store(Arc::new(entries));
+    }
+
     /// Forgets all functions of `bus`.
     pub fn remove(&self, bus: &Arc<Bus>) {
         let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);

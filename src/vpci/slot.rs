@@ -197,6 +197,11 @@ impl FunctionSlot {
         }
     }
 
+    /// The device.
+    pub(crate) fn device(&self) -> &Arc<dyn PciFunction> {
+        &self.device
+    }
+
     /// Whether the function is behind the pvIOMMU.
     pub(crate) fn iommu_mode(&self) -> IommuMode {
         self.link.as_ref().map_or(IommuMode::Off, |link| link.mode)
@@ -287,6 +292,12 @@ impl FunctionSlot {
         self.device.reset();
         // Whatever the device raised on its way to the reset state found no message.
         lock(&self.placement).powered = powered;
+    }
+
+    /// The bus has no other function any more.
+    pub(crate) fn set_alone(&self) {
+        let _placement = lock(&self.placement);
+        self.config.set_alone();
     }
 
     /// Registers of the configuration space, for saving.

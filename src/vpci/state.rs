@@ -28,6 +28,9 @@ pub struct BusState {
     pub window: Option<u64>,
     /// Slot register of the config window.
     pub slot: u32,
+    /// A function was taken away, and the guest has not been told yet which are left.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub relations_due: bool,
     /// The functions, by number.
     pub functions: Vec<FunctionState>,
 }
@@ -108,6 +111,7 @@ impl Bus {
             protocol_version: channel.protocol.version().map(ProtocolVersion::code),
             window: channel.protocol.window(),
             slot: self.core.window.slot(),
+            relations_due: channel.relations_due,
             functions: functions.collect(),
         }
     }
@@ -168,6 +172,7 @@ impl Bus {
         channel
             .protocol
             .restore(&self.core, version, state.window)?;
+        channel.relations_due = state.relations_due;
         self.core.window.select(state.slot);
         for (slot, saved) in slots.iter().zip(&state.functions) {
             let number = saved.number;

@@ -5,19 +5,52 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use arc_swap::ArcSwap;
+
 use super::mmio::MmioHandler;
 use super::slot::FunctionSlot;
 use crate::hv::vpci::{CONFIG_PAGE_OFFSET, Slot};
 
-/// Functions of a bus by number.
-pub(crate) type Functions = [Option<Arc<FunctionSlot>>; 8];
+/// Places of a bus by function number.
+pub(crate) type Places = [Option<Arc<FunctionSlot>>; 8];
 
-/// The function that a slot names.
-pub(crate) fn find(functions: &Functions, slot: Slot) -> Option<&Arc<FunctionSlot>> {
-    if slot.device != 0 {
-        return None;
+/// The functions of a bus. Looked up without a lock; one may be taken out, none is added.
+#[derive(Debug)]
+pub(crate) struct Functions(ArcSwap<Places>);
+
+impl Functions {
+    /// The functions that there are.
+    pub(crate) fn new(places: Places) -> Self {
+        Self(ArcSwap::from_pointee(places))
     }
-    functions.get(usize::from(slot.function))?.as_ref()
+
+    /// The function of a number.
+    pub(crate) fn get(&self, number: u8) -> Option<Arc<FunctionSlot>> {
+        self.0.load().get(usize::from(number))?.clone()
+    }
+
+    /// The function that a slot names.
+    pub(crate) fn find(&self, slot: Slot) -> Option<Arc<FunctionSlot>> {
+        match slot.device {
+            0 => self.get(slot.function),
+            _ => None,
+        }
+    }
+
+    /// All of them as they are now, by number.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Arc<FunctionSlot>> + use<> {
+        let places = self.0.load_full();
+        (0..places.len()).filter_map(move |number| places[number].clone())
+    }
+
+    /// Takes a function out. The bus's lock is held: nobody else changes them.
+    pub(crate) fn take(&self, number: u8) {
+        let mut places = Places::clone(&self.0.load());
+        if let Some(place) = places.get_mut(usize::from(number)) {
+            *place = None;
+        }
+        self.0.store(Arc::new(places));
+    }
 }
 
 /// Slot register and config page. Reads take no lock, so that they are answered whatever else goes
@@ -48,8 +81,8 @@ impl ConfigWindow {
         self.slot.store(slot, Ordering::Release);
     }
 
-    fn selected(&self) -> Option<&Arc<FunctionSlot>> {
-        find(&self.functions, Slot::from_code(self.slot())?)
+    fn selected(&self) -> Option<Arc<FunctionSlot>> {
+        self.functions.find(Slot::from_code(self.slot())?)
     }
 }
 

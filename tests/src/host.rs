@@ -181,6 +181,29 @@ pub trait Host: Send + Sync + Debug {
         Err(HostError::Unsupported("ejecting a bus"))
     }
 
+    /// The same for one function of a bus.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError`]; `done` does not run then.
+    fn eject_function(
+        &self,
+        _instance: Uuid,
+        _function: u8,
+        _done: Ejected,
+    ) -> Result<(), HostError> {
+        Err(HostError::Unsupported("ejecting a function"))
+    }
+
+    /// Takes one function of a bus away, whether the guest agrees or not.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError`].
+    fn remove_function(&self, _instance: Uuid, _function: u8) -> Result<(), HostError> {
+        Err(HostError::Unsupported("removing a function"))
+    }
+
     /// Takes a bus away, whether the guest agrees or not.
     ///
     /// # Errors

@@ -174,10 +174,16 @@ pub(crate) enum CtlVerb {
         specs: Vec<String>,
     },
     /// Ask the guest to let go of a bus, and take it away when it has, or when its time is over.
+    ///
+    /// With --fn one function is asked for and taken away, and the others of the bus stay. Function 0
+    /// goes with its bus only.
     Eject {
         /// Instance GUID of the bus, as `list` shows it.
         #[arg(value_name = "BUS")]
         bus: Uuid,
+        /// Only this function of it.
+        #[arg(long = "fn", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
+        function: Option<u8>,
         /// Do not wait for the guest.
         #[arg(long)]
         no_wait: bool,
@@ -187,10 +193,16 @@ pub(crate) enum CtlVerb {
         timeout: u32,
     },
     /// Take a bus away without asking the guest, as if its device were torn out.
+    ///
+    /// With --fn one function of it; a Linux guest keeps a driver on it, which reads all ones, until the
+    /// bus goes.
     Remove {
         /// Instance GUID of the bus, as `list` shows it.
         #[arg(value_name = "BUS")]
         bus: Uuid,
+        /// Only this function of it.
+        #[arg(long = "fn", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
+        function: Option<u8>,
         /// Say that you mean it: data that the guest has not written is lost.
         #[arg(long, required = true)]
         surprise: bool,
@@ -329,6 +341,10 @@ mod tests {
             (
                 "ctl --socket s eject 56504349-1234-4000-8000-766d2d767063 --timeout 3601",
                 "'--timeout <SECONDS>'",
+            ),
+            (
+                "ctl --socket s eject 56504349-1234-4000-8000-766d2d767063 --fn 0",
+                "'--fn <N>'",
             ),
             (
                 "ctl --socket s remove 56504349-1234-4000-8000-766d2d767063",

@@ -58,15 +58,18 @@ fn request(verb: &CtlVerb) -> Request {
         },
         CtlVerb::Eject {
             bus,
+            function,
             no_wait,
             timeout,
         } => Request::Eject {
             bus: bus.to_string(),
+            function: *function,
             timeout_s: *timeout,
             wait: !no_wait,
         },
-        CtlVerb::Remove { bus, .. } => Request::Remove {
+        CtlVerb::Remove { bus, function, .. } => Request::Remove {
             bus: bus.to_string(),
+            function: *function,
         },
         CtlVerb::Pause => Request::Pause,
         CtlVerb::Resume => Request::Resume,
@@ -99,19 +102,35 @@ fn text(answer: &Answer) -> String {
     match answer {
         Answer::List(listing) => listing_text(listing),
         Answer::Plugged { plugged } => format!("plugged in bus {plugged}\n"),
-        Answer::Removed { removed } => format!("bus {removed} is gone\n"),
+        Answer::Removed { removed, function } => {
+            format!("{} is gone\n", target_text(removed, *function))
+        }
         Answer::Saved { snapshot, bytes } => format!(
             "saved to {snapshot} ({} MiB); the machine is paused: quit it, or resume it\n",
             bytes >> 20
         ),
         Answer::State { state } => format!("the machine is {}\n", state_text(*state)),
-        Answer::Ejected { ejected, how } => match how {
-            Ejection::Released => format!("the guest let go of bus {ejected}; it is gone\n"),
-            Ejection::TimedOut => {
-                format!("the guest did not let go of bus {ejected} in time; it is gone\n")
+        Answer::Ejected {
+            ejected,
+            function,
+            how,
+        } => {
+            let target = target_text(ejected, *function);
+            match how {
+                Ejection::Released => format!("the guest let go of {target}; it is gone\n"),
+                Ejection::TimedOut => {
+                    format!("the guest did not let go of {target} in time; it is gone\n")
+                }
+                Ejection::Started => format!("the guest has been asked to let go of {target}\n"),
             }
-            Ejection::Started => format!("the guest has been asked to let go of bus {ejected}\n"),
-        },
+        }
+    }
+}
+
+fn target_text(bus: &str, function: Option<u8>) -> String {
+    match function {
+        None => format!("bus {bus}"),
+        Some(number) => format!("function {number} of bus {bus}"),
     }
 }
 
@@ -271,6 +290,19 @@ mod tests {
         let reply = ask(&path, &Request::List).unwrap();
         assert!(matches!(reply, Reply::Result(Answer::List(listing)) if listing.buses.len() == 4));
         vm.join().unwrap();
+    }
+
+    #[test]
+    fn answers_name_the_function_that_was_asked_for() {
+        let ejected = |function| Answer::Ejected {
+            ejected: "b".into(),
+            function,
+            how: Ejection::Released,
+        };
+        let expected = "the guest let go of bus b; it is gone\n";
+        assert_eq!(text(&ejected(None)), expected);
+        let expected = "the guest let go of function 3 of bus b; it is gone\n";
+        assert_eq!(text(&ejected(Some(3))), expected);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! hand it the exits ([`Embedding::hypercall`], [`Embedding::read_msr`], [`Embedding::write_msr`],
 //! [`Embedding::mmio_read`], [`Embedding::mmio_write`]), and tell it of a reset
 //! ([`Embedding::reset`]). While the VM runs, buses come and go ([`Embedding::plug`],
-//! [`Embedding::eject`], [`Embedding::remove`]), and it can be saved and restored as a whole
+//! [`Embedding::eject`], [`Embedding::remove`]) or lose one function ([`Embedding::eject_function`],
+//! [`Embedding::remove_function`]), and it can be saved and restored as a whole
 //! ([`Embedding::stop`], [`Embedding::save`], [`Embedding::restore`]).
 #![forbid(unsafe_code)]
 
@@ -676,6 +677,31 @@ impl Embedding {
         Ok(self.incarnations().of(bus))
     }
 
+    /// The same for one function of a bus.
+    ///
+    /// # Errors
+    ///
+    /// [`UnplugError`].
+    pub(crate) fn eject_function(
+        &self,
+        bus: &Uuid,
+        function: u8,
+        done: Ejected,
+    ) -> Result<Incarnation, UnplugError> {
+        let _devices = self.devices();
+        self.partition.eject_function(bus, function, done)?;
+        Ok(self.incarnations().of(bus))
+    }
+
+    /// Takes one function of a bus away at once; its device ends here.
+    ///
+    /// # Errors
+    ///
+    /// [`UnplugError`].
+    pub(crate) fn remove_function(&self, bus: &Uuid, function: u8) -> Result<(), UnplugError> {
+        self.take_function(&mut self.devices(), bus, function)
+    }
+
     /// Takes a bus away at once.
     ///
     /// # Errors
@@ -685,17 +711,36 @@ impl Embedding {
         self.take_away(&mut self.devices(), bus)
     }
 
-    /// Takes a bus away at once, unless it is another one than it was.
+    /// Takes a bus, or one function of it, away at once, unless the bus is another one than it was.
     ///
     /// # Errors
     ///
-    /// [`UnplugError::NoSuchBus`].
-    pub(crate) fn remove_ejected(&self, bus: &Uuid, was: Incarnation) -> Result<(), UnplugError> {
+    /// [`UnplugError`].
+    pub(crate) fn remove_ejected(
+        &self,
+        bus: &Uuid,
+        function: Option<u8>,
+        was: Incarnation,
+    ) -> Result<(), UnplugError> {
         let mut devices = self.devices();
         if self.incarnations().of(bus) != was {
             return Err(UnplugError::NoSuchBus);
         }
-        self.take_away(&mut devices, bus)
+        match function {
+            None => self.take_away(&mut devices, bus),
+            Some(function) => self.take_function(&mut devices, bus, function),
+        }
+    }
+
+    fn take_function(
+        &self,
+        devices: &mut Vec<Device>,
+        bus: &Uuid,
+        function: u8,
+    ) -> Result<(), UnplugError> {
+        self.partition.remove_function(bus, function)?;
+        devices.retain(|device| (device.bus, device.function) != (*bus, function));
+        Ok(())
     }
 
     fn take_away(&self, devices: &mut Vec<Device>, bus: &Uuid) -> Result<(), UnplugError> {

@@ -157,6 +157,57 @@ fn clients_that_plug_in_at_once_get_a_bus_each() {
 }
 
 #[test]
+fn one_function_of_a_bus_leaves_and_the_others_stay() {
+    let Some(vm) = Vm::start("one_function_of_a_bus_leaves_and_the_others_stay") else {
+        return;
+    };
+    let disk = vm.run.dir.path().join("disk");
+    std::fs::write(&disk, vec![0; 1 << 16]).unwrap();
+    let blk = format!("blk,path={},fn=2,bus={OTHER}", disk.display());
+    let others = [0, 1, 3].map(|number| format!("testdev,fn={number},bus={OTHER}"));
+    let [zero, one, three] = &others;
+    vm.text(&["plug", zero, one, &blk, three]);
+    let functions = || -> Vec<u64> {
+        let list = vm.list();
+        let functions = list["buses"][1]["functions"].as_array().unwrap();
+        functions
+            .iter()
+            .map(|f| f["function"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(functions(), [0, 1, 2, 3]);
+    let text = vm.text(&["eject", OTHER, "--fn", "2"]);
+    let expected = format!("the guest let go of function 2 of bus {OTHER}; it is gone\n");
+    assert_eq!(text, expected);
+    assert_eq!(functions(), [0, 1, 3]);
+    // Its image is free for another disk.
+    vm.text(&["plug", &format!("blk,path={}", disk.display())]);
+    let text = vm.refusal(&["eject", OTHER, "--fn", "2"]);
+    assert!(text.contains("no function 2"), "{text}");
+    let text = vm.text(&["remove", "--surprise", OTHER, "--fn", "3"]);
+    assert_eq!(text, format!("function 3 of bus {OTHER} is gone\n"));
+    assert_eq!(functions(), [0, 1]);
+    let answer = vm.raw(&format!(
+        r#"{{"command":"eject","bus":"{OTHER}","function":1}}"#
+    ));
+    let expected = json!({"ejected": OTHER, "function": 1, "how": "released"});
+    assert_eq!(answer["result"], expected);
+    for (function, kind) in [
+        (0, "bad-request"),
+        (1, "no-such-function"),
+        (9, "no-such-function"),
+    ] {
+        for command in ["eject", "remove"] {
+            let line =
+                format!(r#"{{"command":"{command}","bus":"{OTHER}","function":{function}}}"#);
+            assert_eq!(vm.raw(&line)["error"]["kind"], kind, "{line}");
+        }
+    }
+    assert_eq!(functions(), [0]);
+    vm.quit();
+}
+
+#[test]
 fn what_cannot_be_plugged_in_is_refused_with_the_reason() {
     let Some(vm) = Vm::start("what_cannot_be_plugged_in_is_refused_with_the_reason") else {
         return;

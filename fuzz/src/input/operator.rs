@@ -26,14 +26,19 @@ pub enum Operator {
         /// Whether they are behind the pvIOMMU.
         iommu: u8,
     },
-    /// Asks the guest for a bus.
+    /// Asks the guest for a bus, or for a function of it.
     Eject(u8),
-    /// Tears a bus out.
+    /// Tears out a bus or a function of it.
     Remove(u8),
     /// Resets the VM.
     Reset,
     /// Saves the VM and goes on with what was restored.
     Migrate,
+}
+
+/// The function that an act is about, if it is not the whole bus.
+fn function_of(number: u8) -> Option<u8> {
+    (number & 0x80 != 0).then_some(number >> 2 & 3)
 }
 
 impl Step for Operator {
@@ -63,10 +68,18 @@ impl Step for Operator {
                     assert_eq!(count.fetch_add(1, Ordering::SeqCst), 0, "told twice");
                 });
                 let bus = instance(1 + u16::from(number % 4));
-                let _ = guest.machine.partition.eject(&bus, done);
+                let partition = &guest.machine.partition;
+                let _ = match function_of(number) {
+                    None => partition.eject(&bus, done),
+                    Some(function) => partition.eject_function(&bus, function, done),
+                };
             }
             Self::Remove(number) => {
-                guest.machine.remove(&instance(1 + u16::from(number % 4)));
+                let bus = instance(1 + u16::from(number % 4));
+                match function_of(number) {
+                    None => guest.machine.remove(&bus),
+                    Some(function) => guest.machine.remove_function(&bus, function),
+                };
             }
             Self::Reset => guest.machine.partition.reset(),
             Self::Migrate => guest.migrate(),

@@ -90,3 +90,53 @@ fn the_devices_of_a_removed_bus_are_the_callers_again_whatever_the_guest_does() 
         assert!(matches!(early, Err(PlugError::Offer(_))), "{early:?}");
     }
 }
+
+#[test]
+fn a_function_that_leaves_is_known_to_nobody_and_its_device_comes_back() {
+    let guest = Guest::with_iommu(ram(256), IommuConfig::default());
+    assert!(guest.partition.remove(&INSTANCE));
+    let devices = [9, 10, 11].map(|serial| TestDevice::new(serial, &*guest.host).unwrap());
+    let functions = (0..).zip(&devices);
+    let functions = functions.map(|(number, device)| {
+        FunctionSpec::new(number, device.clone()).with_iommu(IommuMode::On)
+    });
+    let spec = BusSpec {
+        instance: INSTANCE,
+        functions: functions.collect(),
+    };
+    guest.partition.plug(spec).unwrap();
+    guest.boot();
+    let other = uuid!("00000009-0002-0008-8000-000000000000");
+    let remove = |instance, function| {
+        guest
+            .partition
+            .remove_function(instance, function)
+            .map(drop)
+    };
+    assert_eq!(remove(&other, 1), Err(EjectError::NoSuchBus));
+    assert_eq!(remove(&INSTANCE, 0), Err(EjectError::Function0));
+    let missing = EjectError::NoSuchFunction { number: 3 };
+    assert_eq!(remove(&INSTANCE, 3), Err(missing));
+    let known = || {
+        let devices = guest.partition.iommu().unwrap().devices;
+        devices
+            .iter()
+            .map(|device| device.id.function())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(known(), [0, 1, 2]);
+    drop(guest.partition.remove_function(&INSTANCE, 1).unwrap());
+    assert_eq!(known(), [0, 2]);
+    assert_eq!(Arc::strong_count(&devices[1]), 1);
+    let retarget = |function: u64| {
+        let mut input = SELF.to_le_bytes().to_vec();
+        input.extend((0x1234_ab78 + function).to_le_bytes());
+        put(&mut input, &[1, 0, 0xfee0_0000, 5, 0, 0, 0x41, 0, 1, 0]);
+        guest.ram.write(0x6000, &input).unwrap();
+        guest.call(0x7e, 0x6000) as u16
+    };
+    assert_eq!(retarget(1), 0x57, "no such device");
+    assert_eq!(retarget(2), 5, "no such message");
+    assert!(guest.partition.remove(&INSTANCE));
+    assert!(known().is_empty());
+}

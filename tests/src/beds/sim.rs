@@ -350,6 +350,18 @@ impl Host for SimVm {
         asked.map_err(|error| HostError::Refused(error.to_string()))
     }
 
+    fn eject_function(&self, instance: Uuid, function: u8, done: Ejected) -> Result<(), HostError> {
+        let asked = self.partition.eject_function(&instance, function, done);
+        asked.map_err(|error| HostError::Refused(error.to_string()))
+    }
+
+    fn remove_function(&self, instance: Uuid, function: u8) -> Result<(), HostError> {
+        let removed = self.partition.remove_function(&instance, function);
+        removed
+            .map(drop)
+            .map_err(|error| HostError::Refused(error.to_string()))
+    }
+
     fn remove(&self, instance: Uuid) -> Result<(), HostError> {
         match self.partition.remove(&instance) {
             true => Ok(()),

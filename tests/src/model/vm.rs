@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vm_vpci::mem::{GuestRam, MemError};
+use vm_vpci::vpci::Ejected;
 
 use crate::bed::{BedKind, Machine};
 use crate::check::Failure;
@@ -44,6 +45,14 @@ pub struct Vm(Arc<Inner>);
 pub struct Told(Arc<AtomicU32>);
 
 impl Told {
+    /// What the host calls.
+    fn counter(&self) -> Ejected {
+        let count = self.0.clone();
+        Box::new(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        })
+    }
+
     /// How often he was told that the guest has let go.
     pub fn times(&self) -> u32 {
         self.0.load(Ordering::SeqCst)
@@ -286,12 +295,33 @@ impl Vm {
     pub fn eject(&self, instance: Uuid) -> Result<Told, Failure> {
         self.trace(&Event::Note(format!("bus {instance} is asked for")));
         let told = Told::default();
-        let count = told.0.clone();
-        let done = Box::new(move || {
-            count.fetch_add(1, Ordering::SeqCst);
-        });
-        self.0.machine.host.eject(instance, done)?;
+        self.0.machine.host.eject(instance, told.counter())?;
         Ok(told)
+    }
+
+    /// Asks the guest to let go of one function of a bus.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`] if the host refuses.
+    pub fn eject_function(&self, instance: Uuid, function: u8) -> Result<Told, Failure> {
+        let event = format!("function {function} of bus {instance} is asked for");
+        self.trace(&Event::Note(event));
+        let told = Told::default();
+        let host = &self.0.machine.host;
+        host.eject_function(instance, function, told.counter())?;
+        Ok(told)
+    }
+
+    /// Takes one function of a bus away, whether the guest agrees or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`].
+    pub fn remove_function(&self, instance: Uuid, function: u8) -> Result<(), Failure> {
+        let event = format!("function {function} of bus {instance} is taken away");
+        self.trace(&Event::Note(event));
+        Ok(self.0.machine.host.remove_function(instance, function)?)
     }
 
     /// Takes a bus away, whether the guest agrees or not.

@@ -31,10 +31,13 @@ pub(crate) enum Request {
         /// As in `--vpci`.
         specs: Vec<String>,
     },
-    /// Ask the guest to let go of a bus, then take it away.
+    /// Ask the guest to let go of a bus or of one function of it, then take that away.
     Eject {
         /// Instance GUID.
         bus: String,
+        /// Function number; the whole bus without.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        function: Option<u8>,
         /// Seconds until it is taken away whatever the guest does.
         #[serde(default = "default_timeout")]
         timeout_s: u32,
@@ -42,10 +45,13 @@ pub(crate) enum Request {
         #[serde(default = "default_wait")]
         wait: bool,
     },
-    /// Take a bus away at once.
+    /// Take a bus or one function of it away at once.
     Remove {
         /// Instance GUID.
         bus: String,
+        /// Function number; the whole bus without.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        function: Option<u8>,
     },
     /// Stop all vCPUs.
     Pause,
@@ -93,6 +99,9 @@ pub(crate) enum Answer {
     Ejected {
         /// Instance GUID of the bus.
         ejected: String,
+        /// Function number, if it was asked for one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        function: Option<u8>,
         /// How it ended.
         how: Ejection,
     },
@@ -100,6 +109,9 @@ pub(crate) enum Answer {
     Removed {
         /// Instance GUID of the bus.
         removed: String,
+        /// Function number, if it was asked for one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        function: Option<u8>,
     },
     /// To [`Request::Snapshot`].
     Saved {
@@ -119,9 +131,9 @@ pub(crate) enum Answer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Ejection {
-    /// The guest let go of all functions, or had not opened the bus.
+    /// The guest let go of all that it was asked for, or had not opened the bus.
     Released,
-    /// The guest did not answer in time; the bus was taken away all the same.
+    /// The guest did not answer in time; what it was asked for was taken away all the same.
     TimedOut,
     /// Under way: nobody waits.
     Started,
@@ -156,6 +168,8 @@ pub(crate) enum RefusalKind {
     BadRequest,
     /// No such bus is plugged in.
     NoSuchBus,
+    /// The bus has no such function.
+    NoSuchFunction,
     /// An ejection of the bus is under way, or there are too many clients.
     Busy,
     /// The functions cannot be plugged in.
@@ -243,10 +257,22 @@ mod tests {
             request(json!({"command": "eject", "bus": "b"})),
             Ok(Request::Eject {
                 bus: "b".into(),
+                function: None,
                 timeout_s: 60,
                 wait: true
             })
         );
+        assert_eq!(
+            request(json!({"command": "remove", "bus": "b", "function": 3})),
+            Ok(Request::Remove {
+                bus: "b".into(),
+                function: Some(3)
+            })
+        );
+        for function in [json!(-1), json!(256), json!("3")] {
+            let text = json!({"command": "eject", "bus": "b", "function": function});
+            assert!(request(text).is_err());
+        }
         assert_eq!(
             request(json!({"command": "plug", "specs": ["rng"]})),
             Ok(Request::Plug {
@@ -266,18 +292,27 @@ mod tests {
         let form = |reply: &Reply| serde_json::to_value(reply).unwrap();
         let done = Reply::Result(Answer::Ejected {
             ejected: "b".into(),
+            function: None,
             how: Ejection::TimedOut,
         });
         assert_eq!(
             form(&done),
             json!({"result": {"ejected": "b", "how": "timed-out"}})
         );
+        let one = Reply::Result(Answer::Removed {
+            removed: "b".into(),
+            function: Some(2),
+        });
+        assert_eq!(
+            form(&one),
+            json!({"result": {"removed": "b", "function": 2}})
+        );
         let refused = Reply::Error(Refusal::new(RefusalKind::NoSuchBus, "no"));
         assert_eq!(
             form(&refused),
             json!({"error": {"kind": "no-such-bus", "message": "no"}})
         );
-        for reply in [done, refused] {
+        for reply in [done, one, refused] {
             let text = serde_json::to_string(&reply).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), reply);
         }

@@ -321,6 +321,27 @@ fn parse_bus(text: &str) -> Result<Uuid, Refusal> {
     Uuid::try_parse(text).map_err(|_| bad_request(format!("'{text}' is no GUID of a bus")))
 }
 
+/// What a request is about: a bus, or one function of it.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    bus: Uuid,
+    function: Option<u8>,
+}
+
+impl Target {
+    fn parse(bus: &str, function: Option<u8>) -> Result<Self, Refusal> {
+        let bus = parse_bus(bus)?;
+        Ok(Self { bus, function })
+    }
+
+    fn remove(self, embedding: &Embedding) -> Result<(), UnplugError> {
+        match self.function {
+            None => embedding.remove(&self.bus),
+            Some(function) => embedding.remove_function(&self.bus, function),
+        }
+    }
+}
+
 impl Context {
     fn embedding(&self) -> &Embedding {
         &self.shared.embedding
@@ -339,13 +360,15 @@ impl Context {
             }
             Request::Eject {
                 bus,
+                function,
                 timeout_s,
                 wait,
-            } => self.eject(&bus, timeout_s, wait),
-            Request::Remove { bus } => {
-                let instance = parse_bus(&bus)?;
-                self.embedding().remove(&instance).map_err(unplug_refused)?;
-                Ok(Answer::Removed { removed: bus })
+            } => self.eject(&bus, function, timeout_s, wait),
+            Request::Remove { bus, function } => {
+                let target = Target::parse(&bus, function)?;
+                target.remove(self.embedding()).map_err(unplug_refused)?;
+                let removed = bus;
+                Ok(Answer::Removed { removed, function })
             }
             Request::Pause => state(self.orders.give(Order::Pause)?),
             Request::Resume => state(self.orders.give(Order::Resume)?),
@@ -367,8 +390,14 @@ impl Context {
         })
     }
 
-    fn eject(&self, bus: &str, timeout_s: u32, wait: bool) -> Result<Answer, Refusal> {
-        let instance = parse_bus(bus)?;
+    fn eject(
+        &self,
+        bus: &str,
+        function: Option<u8>,
+        timeout_s: u32,
+        wait: bool,
+    ) -> Result<Answer, Refusal> {
+        let target = Target::parse(bus, function)?;
         if timeout_s > MAX_EJECT_TIMEOUT_S {
             let most = format!("a guest gets at most {MAX_EJECT_TIMEOUT_S} seconds");
             return Err(bad_request(most));
@@ -378,10 +407,12 @@ impl Context {
             // Nobody listens any more after a timeout.
             let _ = done.send(());
         };
-        let incarnation = self
-            .embedding()
-            .eject(&instance, Box::new(tell))
-            .map_err(unplug_refused)?;
+        let embedding = self.embedding();
+        let asked = match target.function {
+            None => embedding.eject(&target.bus, Box::new(tell)),
+            Some(number) => embedding.eject_function(&target.bus, number, Box::new(tell)),
+        };
+        let incarnation = asked.map_err(unplug_refused)?;
         let shared = self.shared.clone();
         let finish = move || {
             let how = match outcome.recv_timeout(Duration::from_secs(timeout_s.into())) {
@@ -390,7 +421,8 @@ impl Context {
             };
             // Somebody else may have removed it meanwhile, which is as good, and even plugged in
             // another one, which must stay.
-            let _ = shared.embedding.remove_ejected(&instance, incarnation);
+            let Target { bus, function } = target;
+            let _ = shared.embedding.remove_ejected(&bus, function, incarnation);
             how
         };
         let how = if wait {
@@ -408,6 +440,7 @@ impl Context {
         };
         Ok(Answer::Ejected {
             ejected: bus.to_owned(),
+            function,
             how,
         })
     }
@@ -416,6 +449,8 @@ impl Context {
 fn unplug_refused(error: UnplugError) -> Refusal {
     let kind = match error {
         UnplugError::NoSuchBus => RefusalKind::NoSuchBus,
+        UnplugError::NoSuchFunction { .. } => RefusalKind::NoSuchFunction,
+        UnplugError::Function0 => RefusalKind::BadRequest,
         UnplugError::Busy => RefusalKind::Busy,
     };
     Refusal::new(kind, error)

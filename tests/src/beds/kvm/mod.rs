@@ -191,6 +191,18 @@ impl Host for KvmMachine {
         asked.map_err(|error| HostError::Refused(text(error)))
     }
 
+    fn eject_function(&self, instance: Uuid, function: u8, done: Ejected) -> Result<(), HostError> {
+        let asked = self.partition.eject_function(&instance, function, done);
+        asked.map_err(|error| HostError::Refused(text(error)))
+    }
+
+    fn remove_function(&self, instance: Uuid, function: u8) -> Result<(), HostError> {
+        let removed = self.partition.remove_function(&instance, function);
+        removed
+            .map(drop)
+            .map_err(|error| HostError::Refused(text(error)))
+    }
+
     fn remove(&self, instance: Uuid) -> Result<(), HostError> {
         match self.partition.remove(&instance) {
             true => Ok(()),

@@ -129,7 +129,10 @@ pub(super) const CHECKS: &[Check] = &[
 ];
 
 /// A machine whose only bus has a `testdev` at each of these numbers.
-fn machine(context: &Context, numbers: impl IntoIterator<Item = u8>) -> Result<Vm, Failure> {
+pub(super) fn machine(
+    context: &Context,
+    numbers: impl IntoIterator<Item = u8>,
+) -> Result<Vm, Failure> {
     context.machine(&Setup {
         buses: vec![BusSetup {
             instance: BusSetup::instance(1),
@@ -140,7 +143,7 @@ fn machine(context: &Context, numbers: impl IntoIterator<Item = u8>) -> Result<V
 }
 
 /// The slot that an EJECT names.
-fn ejected(packet: &Packet) -> Result<u32, Failure> {
+pub(super) fn ejected(packet: &Packet) -> Result<u32, Failure> {
     equal("type of the packet", packet.kind, IN_BAND)?;
     equal("flags of the packet", packet.flags, 0)?;
     equal("transaction id of the packet", packet.id, 0)?;
@@ -160,17 +163,17 @@ fn asked(bus: &Bus, functions: &[u8]) -> Result<Told, Failure> {
     Ok(told)
 }
 
-fn is_told(told: &Told, times: u32) -> Verdict {
+pub(super) fn is_told(told: &Told, times: u32) -> Verdict {
     let what = "how often the host heard that the guest has let go";
     equal(what, told.times(), times)
 }
 
-fn complete(slot: u32) -> Vec<u8> {
+pub(super) fn complete(slot: u32) -> Vec<u8> {
     Bytes::words(&[message::EJECTION_COMPLETE, slot, 0]).0
 }
 
 /// EJECTION_COMPLETE as Linux sends it, which has no answer.
-fn let_go(bus: &Bus, function: u8) -> Verdict {
+pub(super) fn let_go(bus: &Bus, function: u8) -> Verdict {
     bus.send(&complete(slot(function)))?;
     equal("packets for it", bus.channel().receive()?.len(), 0)
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod ejection;
+mod function;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -158,7 +159,7 @@ const RINGS: &[Check] = &[
 ];
 
 /// All checks of this area.
-pub const CHECKS: [&[Check]; 4] = [ENDS, BEGINNINGS, RINGS, ejection::CHECKS];
+pub const CHECKS: [&[Check]; 5] = [ENDS, BEGINNINGS, RINGS, ejection::CHECKS, function::CHECKS];
 
 /// A bus with two functions in full use: 0 is `testdev` with a long fill under way, 1 acts at the
 /// check's word.
