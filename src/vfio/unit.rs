@@ -186,13 +186,20 @@ impl<M: Mover> Unit<M> {
         })
     }
 
-    /// Forgets translations of some ranges.
+    /// Forgets translations of some ranges. Devices that are astray are moved first: the mover may know
+    /// of nothing to flush, and they reach something.
     pub(super) fn flush(&mut self, ranges: &[FlushRange]) {
+        if self.astray {
+            self.settle();
+        }
         self.mover.flush(ranges);
     }
 
-    /// Forgets all translations.
+    /// Forgets all translations, as [`flush`](Self::flush).
     pub(super) fn flush_all(&mut self) {
+        if self.astray {
+            self.settle();
+        }
         self.mover.flush_all();
     }
 }

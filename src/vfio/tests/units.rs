@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::fake::{Fake, Paging, Reach, reach_by, table};
 use super::moves::reach_of;
-use crate::pviommu::{Attachment, Translation};
+use crate::pviommu::{Attachment, FlushRange, Translation};
 use crate::vfio::moves::{AttachMover, Mover, SpaceMover};
 use crate::vfio::unit::{Unit, UnitError};
 
@@ -149,6 +149,32 @@ fn what_the_kernel_did_not_take_away_goes_with_the_next_try() {
     fake.repair();
     assert!(unit.attach(B, &paged(6, 1)).is_err(), "another domain");
     assert!(fake.reach().is_empty(), "B is blocked");
+}
+
+#[test]
+fn a_flush_takes_away_what_a_failed_move_left() {
+    for all in [false, true] {
+        let fake = Fake::default();
+        let mut unit = unit(&fake, false);
+        unit.join(A, "a").unwrap();
+        unit.attach(A, &paged(5, 1)).unwrap();
+        // The space cannot be emptied: what was mapped stays, and nothing follows the table.
+        fake.break_after(0, 1);
+        assert!(unit.attach(A, &paged(6, 2)).is_err());
+        assert_eq!(fake.state().domains, 0);
+        assert_eq!(fake.reach(), reach_by(table(1)), "the fault of this test");
+        fake.repair();
+        // The guest has stayed in its domain, and flushes it.
+        let history = fake.state().history.len();
+        match all {
+            true => unit.flush_all(),
+            false => unit.flush(&[FlushRange { first: 0, shift: 0 }]),
+        }
+        let emptied = fake.state().history[history..].contains(&Reach::new());
+        assert!(emptied, "nothing stale is left");
+        assert_eq!(fake.reach(), reach_by(table(1)));
+        assert_eq!(fake.state().domains, 1, "the table is followed again");
+    }
 }
 
 proptest! {
