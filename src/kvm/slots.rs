@@ -19,6 +19,13 @@ pub(super) struct Slot {
     pub(super) readonly: bool,
 }
 
+impl Slot {
+    /// True if it is of exactly this piece.
+    fn is(&self, (range, readonly): &Piece) -> bool {
+        (self.gpa, self.gpa + self.len, self.readonly) == (range.start, range.end, *readonly)
+    }
+}
+
 /// What is to be done, in this order.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
@@ -144,30 +151,35 @@ impl SlotMap {
             }
         }
         let mut plan = Plan::default();
-        let mut free = self.free.iter().rev();
-        for (start, mut block) in changed {
+        // All that goes is known first: its ids are free by the time that slots are added.
+        let changed: Vec<_> = changed
+            .into_iter()
+            .map(|(start, block)| {
+                let pieces = pieces(start..block.end, &block.readonly);
+                let is_gone = |slot: &&Slot| !pieces.iter().any(|piece| slot.is(piece));
+                plan.delete.extend(block.slots.iter().filter(is_gone));
+                (start, block, pieces)
+            })
+            .collect();
+        let gone = plan.delete.iter().map(|slot| slot.id);
+        let mut ids = self.free.iter().rev().copied().chain(gone);
+        for (start, mut block, pieces) in changed {
             let former = std::mem::take(&mut block.slots);
-            for (range, is_readonly) in pieces(start..block.end, &block.readonly) {
-                let len = range.end - range.start;
-                let is_same = |slot: &&Slot| {
-                    slot.gpa == range.start && slot.len == len && slot.readonly == is_readonly
-                };
-                if let Some(kept) = former.iter().find(is_same) {
+            for piece in pieces {
+                if let Some(kept) = former.iter().find(|slot| slot.is(&piece)) {
                     block.slots.push(*kept);
                     continue;
                 }
-                let id = *free.next().ok_or(OutOfSlots { max: self.ids })?;
+                let (range, readonly) = piece;
                 let slot = Slot {
-                    id,
+                    id: ids.next().ok_or(OutOfSlots { max: self.ids })?,
                     gpa: range.start,
-                    len,
-                    readonly: is_readonly,
+                    len: range.end - range.start,
+                    readonly,
                 };
                 block.slots.push(slot);
                 plan.add.push(slot);
             }
-            let is_gone = |slot: &&Slot| !block.slots.contains(slot);
-            plan.delete.extend(former.iter().filter(is_gone));
             plan.blocks.push((start, block));
         }
         Ok(plan)
@@ -175,16 +187,21 @@ impl SlotMap {
 
     /// A plan of this moment has been carried out.
     pub(super) fn done(&mut self, plan: Plan) {
-        let taken = self.free.len() - plan.add.len();
-        self.free.truncate(taken);
-        self.free.extend(plan.delete.iter().map(|slot| slot.id));
+        let taken = plan.add.len().min(self.free.len());
+        self.free.truncate(self.free.len() - taken);
+        let reused = plan.add.len() - taken;
+        let gone = plan.delete.iter().skip(reused);
+        self.free.extend(gone.map(|slot| slot.id));
         self.blocks.extend(plan.blocks);
     }
 }
 
+/// A range of pages, and whether they are read-only.
+type Piece = (Range<u64>, bool);
+
 /// Cuts a block so that each piece is read-only or is not; neighbours of a kind are one.
-fn pieces(block: Range<u64>, readonly: &BTreeSet<u64>) -> Vec<(Range<u64>, bool)> {
-    let mut pieces: Vec<(Range<u64>, bool)> = Vec::new();
+fn pieces(block: Range<u64>, readonly: &BTreeSet<u64>) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
     let mut next = block.start;
     for page in readonly {
         let end = page + PAGE_SIZE;
@@ -255,6 +272,30 @@ mod tests {
         map.done(plan);
         assert_eq!(map.slots().count(), 5);
         assert!(map.readonly().is_empty());
+    }
+
+    #[test]
+    fn ids_that_are_used_up_come_back() {
+        let mut map = map(10);
+        // Two more slots for each, in a block of its own.
+        for page in [0x1000, 0x1_1000] {
+            let plan = map.plan(&[page], &[]).unwrap();
+            map.done(plan);
+        }
+        assert_eq!(map.free.len(), 1);
+        assert!(map.plan(&[0x1_9000], &[]).is_err());
+        let all = map.readonly();
+        let plan = map.plan(&[], &all).unwrap();
+        map.done(plan);
+        assert_eq!((map.slots().count(), map.free.len()), (5, 5));
+        // The last ids can be used as well.
+        for page in [0x1000, 0x1_1000, 0x1_9000] {
+            let result = map.plan(&[page], &[]).map(|plan| map.done(plan));
+            assert_eq!(result.is_ok(), page != 0x1_9000);
+        }
+        let plan = map.plan(&[0x2000], &[0x1000]).unwrap();
+        map.done(plan);
+        assert_eq!(map.free.len(), 1);
     }
 
     proptest! {

@@ -43,11 +43,12 @@ pub(crate) const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages that KVM on Intel hosts needs for its task state segment.
 pub(crate) const KVM_TSS: u64 = 0xfffb_d000;
 
-/// KVM memory slots of BARs of passed-through devices.
-pub(crate) const BAR_SLOTS: std::ops::Range<u32> = 0x4000..0x4400;
+/// KVM memory slots of RAM: two for each page that may be tracked (`ShadowConfig::max_pages`), should none
+/// have a tracked neighbour, and one for each block that `KvmRam` cuts RAM into.
+pub(crate) const RAM_SLOTS: std::ops::Range<u32> = 0..0x4800;
 
-/// KVM memory slots of RAM.
-pub(crate) const RAM_SLOTS: std::ops::Range<u32> = 0..0x4000;
+/// KVM memory slots of BARs of passed-through devices.
+pub(crate) const BAR_SLOTS: std::ops::Range<u32> = 0x4800..0x4c00;
 
 /// Alignment of the high window.
 const HIGH_ALIGN: u64 = 1 << 30;
@@ -165,6 +166,17 @@ mod tests {
 
     fn overlap(a: Range, b: Range) -> bool {
         a.start < b.end() && b.start < a.end()
+    }
+
+    #[test]
+    fn ram_has_slots_for_all_pages_that_may_be_tracked() {
+        let pages = vm_vpci::backend::shadow::ShadowConfig::default().max_pages;
+        // `KvmRam` makes 1024 blocks, and one more for each region that ends within one.
+        let blocks = 1024 + 2;
+        assert!(RAM_SLOTS.len() >= 2 * pages + blocks);
+        const { assert!(RAM_SLOTS.end <= BAR_SLOTS.start) };
+        // What KVM has.
+        const { assert!(BAR_SLOTS.end < 32764) };
     }
 
     #[test]

@@ -86,6 +86,9 @@ impl Pages {
             Some(places) if places.len() >= max_places => {
                 return Err(Trouble::Places { max: max_places });
             }
+            Some(places) if places.is_empty() && full => {
+                return Err(Trouble::Pages { max: max_pages });
+            }
             Some(places) => {
                 places.push(place);
                 self.idle.remove(&gpa);

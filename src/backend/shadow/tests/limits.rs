@@ -73,6 +73,26 @@ fn absurd_tables_block_the_domain_in_little_time() {
 }
 
 #[test]
+fn a_page_that_is_a_table_again_counts_as_one() {
+    let config = ShadowConfig {
+        max_pages: 1,
+        ..config()
+    };
+    let mut pages = Pages::new(Bed::new(config).tracker, config);
+    let place = Place {
+        domain: 0,
+        level: 1,
+        base: 0,
+    };
+    pages.add(0x1000, place).unwrap();
+    pages.commit().unwrap();
+    pages.remove(0x1000, place);
+    pages.add(0x2000, place).unwrap();
+    let again = pages.add(0x1000, place);
+    assert!(matches!(again, Err(Trouble::Pages { max: 1 })));
+}
+
+#[test]
 fn each_limit_blocks() {
     let configs = [
         ShadowConfig {
