@@ -22,8 +22,9 @@ use crate::mem::{GuestRam, PAGE_SIZE};
 /// The value of a LOCK CMPXCHG that another vCPU overtook is not stored: the guest sees the
 /// instruction fail, as it would have on a processor (docs/spec/kvm.md, section 9.3).
 ///
+/// The thread is outside the gate and holds no lock under which slots of `ram` change.
 /// [`prepare_vcpu`](super::prepare_vcpu) was called for the vCPU.
-pub fn answer_store(vcpu: &mut VcpuFd, shadow: &Shadow) -> bool {
+pub fn answer_store(vcpu: &mut VcpuFd, shadow: &Shadow, ram: &KvmRam) -> bool {
     let run = vcpu.get_kvm_run();
     if run.exit_reason != KVM_EXIT_MMIO {
         return false;
@@ -42,9 +43,10 @@ pub fn answer_store(vcpu: &mut VcpuFd, shadow: &Shadow) -> bool {
         (sync.regs, sync.sregs)
     };
     let mut code = [0; MAX_LEN];
-    let len = match is_long_mode(&sregs) {
-        true => read_before(vcpu, shadow.ram(), regs.rip, &mut code),
-        // Nobody knows of a 32-bit guest that uses the pvIOMMU.
+    // Nobody knows of a 32-bit guest that uses the pvIOMMU.
+    let len = match is_long_mode(&sregs) && matches!(data.len(), 2 | 4 | 8) {
+        // While slots change KVM does not find the tables of the CPU.
+        true => ram.with_slots_kept(|| read_before(vcpu, shadow.ram(), regs.rip, &mut code)),
         false => 0,
     };
     let store = exchange::Store {

@@ -106,6 +106,12 @@ impl KvmRam {
         Ok(result)
     }
 
+    /// Calls `f` while no slot changes: for what looks RAM up in KVM from outside the gate.
+    pub(super) fn with_slots_kept<T>(&self, f: impl FnOnce() -> T) -> T {
+        let _slots = self.lock();
+        f()
+    }
+
     fn lock(&self) -> MutexGuard<'_, SlotMap> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }

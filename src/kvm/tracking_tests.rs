@@ -217,7 +217,9 @@ impl Bed {
                 look(self, number, what);
             }
             Ok(VcpuExit::IoOut(0x11, _)) => return false,
-            Ok(VcpuExit::MmioWrite(..)) => assert!(answer_store(fd, &self.shadow)),
+            Ok(VcpuExit::MmioWrite(..)) => {
+                assert!(answer_store(fd, &self.shadow, &self.ram));
+            }
             Ok(VcpuExit::InternalError) => {
                 assert_eq!(internal_error(fd), Some(InternalError::Emulation));
                 step_over(fd, &self.shadow, &self.ram).unwrap();
@@ -421,6 +423,45 @@ fn no_compare_exchange_of_two_vcpus_is_lost() {
             break;
         }
     }
+}
+
+/// What makes a compare-exchange known is looked up by KVM while slots change, those of the CPUs' tables
+/// among them.
+#[test]
+fn no_compare_exchange_is_lost_while_slots_change() {
+    const COUNT: u64 = 8000;
+    let (counter, _) = shared(7);
+    let code = || {
+        let mut code = Code::default();
+        code.increments(counter, COUNT);
+        code.end();
+        code
+    };
+    let name = "no_compare_exchange_is_lost_while_slots_change";
+    let Some(mut bed) = Bed::new(name, vec![code(), code()]) else {
+        return;
+    };
+    let ram = bed.ram.clone();
+    let alive = Arc::new(());
+    thread::scope(|scope| {
+        let alive = alive;
+        let watch = Arc::downgrade(&alive);
+        scope.spawn(move || {
+            // In the slot of the CPU's tables, which is taken away for a moment each time.
+            let page = [ROOT - 0x1000];
+            while watch.strong_count() > 0 {
+                ram.change(&page, &[]).unwrap();
+                ram.change(&[], &page).unwrap();
+                // Let the vCPUs in.
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+        bed.run(|_, _, _| {});
+        drop(alive);
+    });
+    assert_eq!(bed.get(counter), 2 * COUNT * 0x10);
+    let lost = bed.shadow.counters().lost_exchanges;
+    println!("{lost} exchanges came too late");
 }
 
 /// RAM comes and goes under a vCPU that would never leave the guest by itself.

@@ -493,7 +493,7 @@ impl Embedding {
     /// A store to RAM that is tracked.
     pub(crate) fn tracked_store(&self, vcpu: &mut VcpuFd) {
         if let Some(shadow) = &self.shadow {
-            kvm::answer_store(vcpu, shadow);
+            kvm::answer_store(vcpu, shadow, self.ram.slots());
         }
     }
 
