@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_MMIO, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE,
@@ -114,7 +115,11 @@ pub enum InternalError {
     /// at the type of the event alone and not at whether there is one (kernel:
     /// arch/x86/kvm/svm/svm.c, svm_check_emulate_instruction), and QEMU's processor leaves the type of
     /// the last event that the guest took. A vCPU that enters the guest once more comes through then.
-    Delivery,
+    /// One that does not has its stack in a tracked page, of which [`Shadow::give_up`] lets go.
+    Delivery {
+        /// What the access was to, if KVM says it.
+        gpa: Option<u64>,
+    },
     /// Something else, by its number.
     Other(u32),
 }
@@ -126,10 +131,16 @@ pub fn internal_error(vcpu: &mut VcpuFd) -> Option<InternalError> {
         return None;
     }
     // SAFETY: KVM fills the `internal` member for KVM_EXIT_INTERNAL_ERROR, and it is plain data.
-    let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-    Some(match suberror {
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    Some(match internal.suberror {
         KVM_INTERNAL_ERROR_EMULATION => InternalError::Emulation,
-        KVM_INTERNAL_ERROR_DELIVERY_EV => InternalError::Delivery,
+        KVM_INTERNAL_ERROR_DELIVERY_EV => InternalError::Delivery {
+            // The fourth of five (kernel: arch/x86/kvm/x86.c, kvm_prepare_event_vectoring_exit). Before
+            // 6.14 it may be missing.
+            gpa: (internal.ndata >= 5)
+                .then_some(internal.data[3])
+                .filter(|gpa| *gpa != u64::MAX),
+        },
         other => InternalError::Other(other),
     })
 }
@@ -140,6 +151,9 @@ pub enum StepError {
     /// RAM could not be made writable, or the tables be tracked again.
     #[error("KVM refuses to change guest RAM: {0}")]
     Ram(#[from] io::Error),
+    /// Nobody would take the vCPU out of the guest.
+    #[error("no thread to watch the execution of one instruction: {0}")]
+    Watch(#[source] io::Error),
     /// KVM refused to run the vCPU for one instruction.
     #[error("KVM refuses to execute one instruction: {0}")]
     Kvm(#[from] kvm_ioctls::Error),
@@ -150,16 +164,33 @@ pub enum StepError {
 
 /// Lets `vcpu` execute one instruction that KVM cannot emulate, on pages that are writable meanwhile
 /// and with all other vCPUs held; then the tables are followed anew
-/// (docs/spec/kvm.md, section 9.2). The thread is outside the gate.
+/// (docs/spec/kvm.md, section 9.2). The thread is outside the gate; `number` is that of the vCPU there.
+///
+/// An exception that the instruction raises ends the step only when its handler is done, so after
+/// `time` the vCPU is taken out of the guest wherever it is. Any other kick does the same.
+///
+/// True if the vCPU is at another instruction now. One that is not may do with more time.
 ///
 /// # Errors
 ///
 /// [`StepError`].
-pub fn step_over(vcpu: &mut VcpuFd, shadow: &Shadow, ram: &KvmRam) -> Result<(), StepError> {
-    shadow.with_pages_writable(|| ram.with_pages_writable(|| step(vcpu)))?
+pub fn step_over(
+    vcpu: &mut VcpuFd,
+    number: usize,
+    shadow: &Shadow,
+    ram: &KvmRam,
+    time: Duration,
+) -> Result<bool, StepError> {
+    let before = vcpu.get_regs()?.rip;
+    let mut step = || {
+        ram.with_kick_after(number, time, || step(vcpu))
+            .map_err(StepError::Watch)?
+    };
+    shadow.with_pages_writable(|| ram.with_pages_writable(&mut step))??;
+    Ok(vcpu.get_regs()?.rip != before)
 }
 
-/// Executes one instruction.
+/// Executes one instruction, or less if somebody takes the vCPU out of the guest.
 fn step(vcpu: &mut VcpuFd) -> Result<(), StepError> {
     let debug = |control| kvm_guest_debug {
         control,
@@ -174,14 +205,11 @@ fn step(vcpu: &mut VcpuFd) -> Result<(), StepError> {
     {
         vcpu.set_guest_debug(&debug(enable))?;
     }
-    let result = loop {
-        match vcpu.run() {
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => break Err(error.into()),
-            Ok(kvm_ioctls::VcpuExit::Debug(_)) => break Ok(()),
-            Ok(kvm_ioctls::VcpuExit::Intr) => {}
-            Ok(other) => break Err(StepError::Exit(format!("{other:?}"))),
-        }
+    let result = match vcpu.run() {
+        Ok(kvm_ioctls::VcpuExit::Debug(_) | kvm_ioctls::VcpuExit::Intr) => Ok(()),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(other) => Err(StepError::Exit(format!("{other:?}"))),
     };
     vcpu.set_guest_debug(&debug(0))?;
     result

@@ -9,7 +9,10 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
@@ -24,6 +27,8 @@ use crate::vmm::TrackedPages;
 const MIN_BLOCK: u64 = 16 << 20;
 /// Blocks that RAM is cut into, about: KVM looks slots up at each fault.
 const BLOCKS: u64 = 1024;
+/// Time between kicks of a vCPU that does not leave the guest.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
 
 /// The RAM of a VM, in the VM.
 pub struct KvmRam {
@@ -104,6 +109,31 @@ impl KvmRam {
         let plan = slots.plan(&pages, &[]).map_err(io::Error::other)?;
         self.carry_out(&closed, &mut slots, plan)?;
         Ok(result)
+    }
+
+    /// Calls `f`, in which this thread runs the vCPU `vcpu`, and takes it out of the guest after `time`:
+    /// again and again until `f` has returned, because a kick may come too early to have an effect.
+    pub(super) fn with_kick_after<T>(
+        &self,
+        vcpu: usize,
+        time: Duration,
+        f: impl FnOnce() -> T,
+    ) -> io::Result<T> {
+        let (running, ended) = mpsc::channel::<()>();
+        let watch = move || {
+            let mut time = time;
+            while ended.recv_timeout(time) == Err(RecvTimeoutError::Timeout) {
+                self.kick.kick(vcpu);
+                time = KICK_AGAIN;
+            }
+        };
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("vcpu-watch".into());
+            thread.spawn_scoped(scope, watch)?;
+            let result = f();
+            drop(running);
+            Ok(result)
+        })
     }
 
     /// Calls `f` while no slot changes: for what looks RAM up in KVM from outside the gate.

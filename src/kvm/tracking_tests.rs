@@ -27,8 +27,13 @@ const RAM_SIZE: u64 = 32 << 20;
 const CPU_TABLES: u64 = 0x1000;
 /// Code of the vCPUs, 1 MiB for each.
 const CODE: u64 = 0x10_0000;
+/// Descriptors of segments and of exception handlers, a stack for each vCPU, and the handlers.
+const GDT: u64 = 0x5000;
+const IDT: u64 = 0x6000;
+const STACKS: u64 = 0x7000;
 /// Where vCPUs leave results, a page for each.
 const RESULTS: u64 = 0x8000;
+const HANDLERS: u64 = 0xa000;
 /// Tables of the domain, and the lowest of them, which is shared.
 const ROOT: u64 = 0x80_0000;
 const LEVEL_3: u64 = ROOT + 0x1000;
@@ -143,6 +148,9 @@ impl Bed {
         for index in 0..512 {
             write(CPU_TABLES + 0x2000 + index * 8, index << 21 | 0x83);
         }
+        // Of 64-bit code and data, as the registers have them.
+        write(GDT + 0x10, 0x00af_9b00_0000_ffff);
+        write(GDT + 0x18, 0x00cf_9300_0000_ffff);
         for (code, number) in codes.iter().zip(0..) {
             let gpa = GuestAddress(CODE * (number + 1));
             map.write_slice(&code.0, gpa).unwrap();
@@ -196,11 +204,7 @@ impl Bed {
         thread::scope(|scope| {
             for (number, mut fd) in vcpus.into_iter().enumerate() {
                 scope.spawn(move || {
-                    // SAFETY: no more than the number of this thread.
-                    let this = unsafe { libc::pthread_self() };
-                    bed.threads.0.lock().unwrap().push((number, this));
-                    while bed.step(number, &mut fd, look) {}
-                    bed.threads.0.lock().unwrap().retain(|(n, _)| *n != number);
+                    bed.as_vcpu(number, || while bed.step(number, &mut fd, look) {});
                 });
             }
         });
@@ -221,8 +225,7 @@ impl Bed {
                 assert!(answer_store(fd, &self.shadow, &self.ram));
             }
             Ok(VcpuExit::InternalError) => {
-                assert_eq!(internal_error(fd), Some(InternalError::Emulation));
-                step_over(fd, &self.shadow, &self.ram).unwrap();
+                self.internal_error(number, fd);
             }
             Ok(VcpuExit::Intr) => {}
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
@@ -232,6 +235,41 @@ impl Bed {
             }
         }
         true
+    }
+}
+
+impl Bed {
+    /// As a VMM does.
+    fn internal_error(&self, number: usize, fd: &mut VcpuFd) {
+        match internal_error(fd) {
+            Some(InternalError::Emulation) => {
+                let time = Duration::from_secs(5);
+                step_over(fd, number, &self.shadow, &self.ram, time).unwrap();
+            }
+            Some(InternalError::Delivery { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Lets all vCPUs execute `code` upon an exception.
+    fn handle(&self, vector: u64, code: &[u8]) {
+        let at = HANDLERS + vector * 0x80;
+        self.map.write_slice(code, GuestAddress(at)).unwrap();
+        let gate = (at & 0xffff) | 0x10 << 16 | 0x8e00 << 32 | (at >> 16) << 48;
+        for (word, value) in [gate, at >> 32].into_iter().zip(0..) {
+            let gpa = GuestAddress(IDT + vector * 16 + value * 8);
+            self.map.write_obj(word, gpa).unwrap();
+        }
+    }
+
+    /// Calls `f` in a thread that can be kicked as that of the vCPU.
+    fn as_vcpu<T>(&self, number: usize, f: impl FnOnce() -> T) -> T {
+        // SAFETY: no more than the number of this thread.
+        let this = unsafe { libc::pthread_self() };
+        self.threads.0.lock().unwrap().push((number, this));
+        let result = f();
+        self.threads.0.lock().unwrap().retain(|(n, _)| *n != number);
+        result
     }
 }
 
@@ -259,6 +297,8 @@ fn vcpu(mut fd: VcpuFd, rip: u64) -> VcpuFd {
         ..data
     };
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    (sregs.gdt.base, sregs.gdt.limit) = (GDT, 0x1f);
+    (sregs.idt.base, sregs.idt.limit) = (IDT, 0xfff);
     sregs.cr0 = 1 | 1 << 4 | 1 << 31;
     sregs.cr3 = CPU_TABLES;
     // PAE; OSFXSR, for FXSAVE and XMM registers.
@@ -267,6 +307,7 @@ fn vcpu(mut fd: VcpuFd, rip: u64) -> VcpuFd {
     fd.set_sregs(&sregs).unwrap();
     let regs = kvm_regs {
         rip,
+        rsp: STACKS + (rip / CODE) * 0x800,
         rflags: 2,
         ..Default::default()
     };
@@ -397,6 +438,158 @@ fn what_kvm_cannot_emulate_is_stepped_over_and_seen() {
         }
     });
     assert_eq!(bed.get(shared(7).0), leaf(2));
+}
+
+/// True where `store_xmm` needs a step; says so where it does not.
+fn needs_step(test: &str) -> bool {
+    let mut probe = Code::default();
+    store_xmm(&mut probe, RESULTS, 1);
+    probe.end();
+    let mut tracked = Code::default();
+    store_xmm(&mut tracked, shared(5).0, 1);
+    tracked.end();
+    let Some(mut bed) = Bed::new(test, vec![probe, tracked]) else {
+        return false;
+    };
+    let executes = matches!(bed.vcpus[0].run(), Ok(VcpuExit::IoOut(0x11, _)));
+    let emulates = !matches!(bed.vcpus[1].run(), Ok(VcpuExit::InternalError));
+    if !executes || emulates {
+        println!("SKIPPED {test}: this KVM emulates every instruction");
+    }
+    executes && !emulates
+}
+
+/// The guest has its handler of page faults stay there for ever, and provokes one in the step.
+#[test]
+fn a_step_that_ends_in_a_handler_holds_nobody_for_long() {
+    let name = "a_step_that_ends_in_a_handler_holds_nobody_for_long";
+    if !needs_step(name) {
+        return;
+    }
+    // By itself, and by somebody who wants the thread.
+    for (time, kick) in [(20, false), (3_600_000, true)] {
+        let mut code = Code::default();
+        store_xmm(&mut code, shared(5).0, leaf(0));
+        code.end();
+        let mut other = Code::default();
+        for round in 0..50 {
+            other.store(RESULTS, round);
+            other.look(round as u32);
+        }
+        other.end();
+        let Some(mut bed) = Bed::new(name, vec![code, other]) else {
+            return;
+        };
+        bed.handle(14, &[0xeb, 0xfe]); // jmp .
+        let mut vcpus = std::mem::take(&mut bed.vcpus).into_iter();
+        let (mut first, mut second) = (vcpus.next().unwrap(), vcpus.next().unwrap());
+        let (bed, time) = (&bed, Duration::from_millis(time));
+        let is_stepping = AtomicU32::new(0);
+        let is_stepping = &is_stepping;
+        let wait = || {
+            while is_stepping.load(Ordering::Acquire) == 0 {
+                thread::yield_now();
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                wait();
+                bed.as_vcpu(1, || while bed.step(1, &mut second, &|_, _, _| {}) {});
+                assert_eq!(bed.get(RESULTS), 49);
+            });
+            scope.spawn(move || {
+                wait();
+                thread::sleep(Duration::from_millis(100));
+                if kick {
+                    bed.threads.kick(0);
+                }
+            });
+            bed.as_vcpu(0, || {
+                loop {
+                    let entered = bed.gate.enter(0);
+                    let exit = first.run();
+                    drop(entered);
+                    assert!(matches!(exit, Ok(VcpuExit::InternalError)), "{exit:?}");
+                    if internal_error(&mut first) == Some(InternalError::Emulation) {
+                        break;
+                    }
+                }
+                // The tables of the CPU do not lead to the page any more.
+                let gpa = CPU_TABLES + 0x2000 + (SHARED >> 21) * 8;
+                bed.map.write_obj(0u64, GuestAddress(gpa)).unwrap();
+                is_stepping.store(1, Ordering::Release);
+                let start = Instant::now();
+                let stepped = step_over(&mut first, 0, &bed.shadow, &bed.ram, time);
+                assert!(start.elapsed() < Duration::from_secs(10));
+                assert!(stepped.unwrap());
+                let regs = first.get_regs().unwrap();
+                assert_eq!(regs.rip, HANDLERS + 14 * 0x80);
+                assert_eq!(regs.rflags & 1 << 8, 0, "it is not stepping any more");
+            });
+        });
+        assert!(bed.shadow.is_tracked(SHARED));
+    }
+}
+
+/// The guest has its stack in a table and takes an exception: KVM can neither say what is stored nor
+/// execute it.
+#[test]
+fn a_stack_in_a_table_blocks_the_domain_and_the_guest_goes_on() {
+    let name = "a_stack_in_a_table_blocks_the_domain_and_the_guest_goes_on";
+    let mut code = Code::default();
+    code.store(shared(5).0, leaf(0));
+    code.look(0);
+    code.set([0x48, 0xbc], SHARED + 0x800); // mov rsp
+    code.0.push(0xcc); // int3
+    let Some(mut bed) = Bed::new(name, vec![code]) else {
+        return;
+    };
+    let mut handler = Code::default();
+    handler.look(1);
+    handler.end();
+    bed.handle(3, &handler.0);
+    let mut vcpu = bed.vcpus.remove(0);
+    let (mut looks, mut tries) = (0, 0);
+    let delivers = bed.as_vcpu(0, || {
+        loop {
+            let entered = bed.gate.enter(0);
+            let exit = vcpu.run();
+            drop(entered);
+            match exit {
+                Ok(VcpuExit::IoOut(0x10, _)) => {
+                    assert_eq!(bed.space.find(shared(5).1).is_some(), looks == 0);
+                    looks += 1;
+                }
+                Ok(VcpuExit::IoOut(0x11, _)) => break true,
+                Ok(VcpuExit::MmioWrite(..)) => {
+                    assert!(answer_store(&mut vcpu, &bed.shadow, &bed.ram));
+                }
+                Ok(VcpuExit::InternalError) => match internal_error(&mut vcpu) {
+                    Some(InternalError::Delivery { .. }) if tries < 8 => tries += 1,
+                    Some(InternalError::Delivery { gpa: Some(gpa) }) => {
+                        assert_eq!(gpa & !0xfff, SHARED);
+                        assert!(bed.shadow.give_up(gpa));
+                        tries = 0;
+                    }
+                    // As before 6.14.
+                    Some(InternalError::Emulation) => break false,
+                    other => panic!("{other:?}"),
+                },
+                Err(error) if error.errno() == libc::EINTR => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    if !delivers {
+        println!("SKIPPED {name}: this KVM does not say that an event cannot be delivered");
+        return;
+    }
+    assert_eq!(looks, 2);
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    assert!(bed.space.ranges().is_empty());
+    assert!(!bed.shadow.is_tracked(SHARED));
+    // RFLAGS, CS and RIP are in RAM.
+    assert_eq!(bed.get(SHARED + 0x800 - 0x20), 0x10);
 }
 
 #[test]

@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
@@ -50,9 +51,21 @@ use crate::report::{DmaReport, DomainReport, FirstStageReport, FunctionReport, V
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
 
-/// Entries into the guest, one after the other, that KVM may end because an access was made while an
-/// event was delivered.
+/// Entries into the guest, one after the other, that KVM may end because of the same instruction.
 const MAX_TRIES: u32 = 8;
+/// Time for the first execution of an instruction that KVM cannot emulate. All other vCPUs wait
+/// meanwhile, so a guest that provokes an exception there must not have much; a busy host that needs more
+/// gets twice as much each time.
+const STEP_TIME: Duration = Duration::from_millis(20);
+
+/// Attempts, one after the other, to get an instruction done that KVM cannot emulate.
+#[derive(Debug, Default)]
+pub(crate) struct Tries {
+    /// Entries that KVM ended because an access was made while an event was delivered.
+    deliveries: u32,
+    /// Steps after which the vCPU was where it had been.
+    steps: u32,
+}
 
 /// Threads that serve buses and devices: one, so that a bus is not held up by a disk, and one more
 /// for every disk queue, up to this many.
@@ -497,29 +510,38 @@ impl Embedding {
         }
     }
 
-    /// An instruction that KVM cannot emulate: if it may be a store to a tracked page, executes it.
-    /// `tries` counts how often in a row the vCPU was sent back into the guest to try anew. Names what is
-    /// not about tracked pages.
+    /// Something that KVM cannot emulate on `vp`: if it may be a store to a tracked page, gets it
+    /// done. Names what is not about tracked pages, or cannot be done.
     ///
     /// # Errors
     ///
     /// [`StepError`]; the vCPU cannot go on.
-    pub(crate) fn step_over(
+    pub(crate) fn get_done(
         &self,
+        vp: u32,
         vcpu: &mut VcpuFd,
-        tries: &mut u32,
+        tries: &mut Tries,
     ) -> Result<Option<InternalError>, StepError> {
-        let error = kvm::internal_error(vcpu);
-        if error == Some(InternalError::Delivery) && *tries < MAX_TRIES {
-            *tries += 1;
-            return Ok(None);
-        }
-        match (error, &self.shadow) {
-            (Some(InternalError::Delivery | InternalError::Emulation), Some(shadow)) => {
-                kvm::step_over(vcpu, shadow, self.ram.slots()).map(|()| None)
+        match (kvm::internal_error(vcpu), &self.shadow) {
+            (Some(InternalError::Delivery { .. }), _) if tries.deliveries < MAX_TRIES => {
+                tries.deliveries += 1;
             }
-            (other, _) => Ok(other),
+            (Some(InternalError::Delivery { gpa: Some(gpa) }), Some(shadow))
+                if shadow.give_up(gpa) =>
+            {
+                tries.deliveries = 0;
+            }
+            (Some(InternalError::Emulation), Some(shadow)) if tries.steps < MAX_TRIES => {
+                let time = STEP_TIME * (1 << tries.steps);
+                let slots = self.ram.slots();
+                match kvm::step_over(vcpu, vp as usize, shadow, slots, time)? {
+                    true => tries.steps = 0,
+                    false => tries.steps += 1,
+                }
+            }
+            (other, _) => return Ok(other),
         }
+        Ok(None)
     }
 
     /// The machine is being reset; no vCPU runs.

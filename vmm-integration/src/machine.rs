@@ -25,7 +25,7 @@ use crate::acpi;
 use crate::cli::HypervMode;
 use crate::console::{InputPump, console};
 use crate::control::{Command, Control};
-use crate::embed::{Embedding, Functions, Host};
+use crate::embed::{Embedding, Functions, Host, Tries};
 use crate::error::Error;
 use crate::firmware;
 use crate::kernel::{self, BootSource, Entry, KernelError};
@@ -180,7 +180,7 @@ impl Machine {
             index,
             fd,
             initial,
-            tries: 0,
+            tries: Tries::default(),
             shared: self.shared.clone(),
         };
         vcpu.reset()?;

@@ -13,7 +13,7 @@ use vm_vpci::kvm;
 
 use crate::console::ConsolePorts;
 use crate::control::{Command, Control, GuestEvent, ResetCause};
-use crate::embed::Embedding;
+use crate::embed::{Embedding, Tries};
 use crate::kernel::Entry;
 use crate::long_mode;
 use crate::marks::Marks;
@@ -104,8 +104,8 @@ pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
     /// State after power-on.
     pub(crate) initial: InitialState,
-    /// Entries into the guest since KVM last got an instruction done.
-    pub(crate) tries: u32,
+    /// What was tried since KVM last got an instruction done.
+    pub(crate) tries: Tries,
     /// Shared with the others.
     pub(crate) shared: Arc<Shared>,
 }
@@ -229,7 +229,7 @@ impl Vcpu {
         };
         shared.exits.fetch_add(1, Ordering::Relaxed);
         if !matches!(exit, VcpuExit::InternalError) {
-            self.tries = 0;
+            self.tries = Tries::default();
         }
         match exit {
             VcpuExit::IoOut(port, _) if shared.embedding.is_hypercall_port(port) => {
@@ -264,7 +264,8 @@ impl Vcpu {
             },
             VcpuExit::Intr => return Next::Interrupted,
             VcpuExit::InternalError => {
-                match shared.embedding.step_over(&mut self.fd, &mut self.tries) {
+                let tries = &mut self.tries;
+                match shared.embedding.get_done(vp, &mut self.fd, tries) {
                     Ok(None) => {}
                     Ok(Some(error)) => {
                         return self.failed(format!("an internal error of KVM: {error:?}"));

@@ -118,6 +118,8 @@ enum Trouble {
     Places { max: usize },
     #[error("the domain has more than {max} mappings")]
     Mappings { max: usize },
+    #[error("the guest's stack is in its page table at {gpa:#x}")]
+    Stack { gpa: u64 },
     #[error("stores to page tables cannot be seen: {0}")]
     Tracking(#[source] io::Error),
     #[error("the host's address space does not take it: {0}")]
@@ -220,6 +222,30 @@ impl Shadow {
             self.reconcile(&mut state, id, None);
         }
         result
+    }
+
+    /// Makes a page writable for good that is tracked and to which a vCPU makes a store that KVM neither
+    /// reports nor lets it execute: domains in which it is a table are blocked, until they are attached
+    /// or configured anew. False if it is not tracked, or the tracker fails.
+    pub fn give_up(&self, gpa: u64) -> bool {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let page = gpa & !(PAGE_SIZE - 1);
+        let ram = self.ram.pin();
+        let mut view = View::new(&ram, self.config.physical_bits);
+        for place in state.pages.places(page).to_vec() {
+            let Some(domain) = state.domains.get_mut(&place.domain) else {
+                continue;
+            };
+            if !domain.blocked {
+                let pages = &mut state.pages;
+                let mut follower = self.follower(place.domain, domain, pages, &mut view);
+                follower.block(&Trouble::Stack { gpa: page });
+            }
+        }
+        let was_tracked = state.pages.is_idle(page);
+        state.pages.untrack_idle();
+        was_tracked && !state.pages.is_idle(page)
     }
 
     /// True if the vCPUs' stores to a page come here, or may do so.

@@ -550,3 +550,29 @@ fn a_store_that_kvm_cannot_report_is_followed_afterwards() {
         assert_eq!(space.find(IOVA + 0x1000), Some((0xa000, true)));
     }
 }
+
+#[test]
+fn a_page_that_is_given_up_is_writable_and_blocks_the_domains_that_have_it() {
+    let bed = Bed::new(config());
+    mapped(&bed);
+    let (space, other) = (FakeSpace::new(None), FakeSpace::new(None));
+    let domain = bed.follow(0x1000, &space).unwrap();
+    bed.set(0x9000, 0, 0xa000 | LINK);
+    let _other = bed.follow(0x9000, &other).unwrap();
+    assert!(!space.ranges().is_empty());
+    assert!(bed.is_tracked(0x4000) && bed.is_tracked(0x9000));
+    assert!(bed.shadow.give_up(0x4123));
+    assert!(space.ranges().is_empty());
+    assert!(!bed.is_tracked(0x4000) && !bed.is_tracked(0x1000));
+    assert!(bed.is_tracked(0x9000), "another domain does not notice");
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    domain.flush_all();
+    assert!(space.ranges().is_empty());
+    // There is nothing to give up any more, and nothing changes where it cannot be.
+    assert!(!bed.shadow.give_up(0x4123));
+    *bed.tracker.broken.lock().unwrap() = true;
+    assert!(!bed.shadow.give_up(0x9000));
+    *bed.tracker.broken.lock().unwrap() = false;
+    assert!(bed.shadow.give_up(0x9000));
+    assert!(!bed.is_tracked(0x9000));
+}
