@@ -475,6 +475,31 @@ fn a_device_that_cannot_be_blocked_is_not_passed_over() {
 }
 
 #[test]
+fn a_unit_that_a_failed_move_has_blocked_goes_back() {
+    let (mut unit, object) = nested();
+    unit.host().fail_next([None, Some(Failure::Dirty)]);
+    let refused = unit.attach(&Translation::Paged(table(0x2000)));
+    assert!(matches!(refused, Err(NestedError::Refused { .. })));
+    assert_eq!(unit.host().reach.get(), Reach::Table(object));
+    // If that fails as well it is blocked, and knows.
+    let failures = [Some(Failure::Dirty), Some(Failure::Clean)];
+    unit.host().fail_next(failures);
+    let blocked = unit.attach(&Translation::Identity);
+    assert!(matches!(blocked, Err(NestedError::Blocked { .. })));
+    assert_eq!(unit.place(), Place::Blocked);
+    unit.attach(&Translation::Identity).unwrap();
+    assert_eq!(unit.host().reach.get(), Reach::Ram);
+    // If not even that is possible, the next move does not take its place for granted.
+    let failures = [None, Some(Failure::Dirty), Some(Failure::Clean)];
+    unit.host()
+        .fail_next(failures.into_iter().chain([Some(Failure::Clean)]));
+    let stuck = unit.attach(&Translation::Paged(table(0x1000)));
+    assert!(matches!(stuck, Err(NestedError::Stuck { .. })));
+    unit.attach(&Translation::Identity).unwrap();
+    assert_eq!(unit.host().reach.get(), Reach::Ram);
+}
+
+#[test]
 fn tables_that_stay_are_bounded() {
     let mut unit = open(Model::default());
     let mut moves = 0;
@@ -613,9 +638,9 @@ proptest! {
                 (Step::Change(_), _) => {}
             }
             prop_assert!(obeys(model, &domain), "{:?} in {domain:?}", model.reach.get());
-            // What the unit believes is what is, or the host could not go back after a failed move.
+            // What the unit believes is what is.
             match (unit.place(), model.reach.get()) {
-                (_, Reach::Nothing) | (Place::Default, Reach::Ram) => {}
+                (Place::Blocked, Reach::Nothing) | (Place::Default, Reach::Ram) => {}
                 (Place::Nested { object, .. }, Reach::Table(reached)) => {
                     prop_assert_eq!(object, reached);
                 }

@@ -28,9 +28,17 @@ pub enum NestedError {
     /// The host's IOMMU does not walk 5 levels.
     #[error("the host's IOMMU does not walk first-stage tables of 5 levels")]
     FiveLevels,
-    /// The host refused a call of a move. The device is where it was, or blocked.
+    /// The host refused a call of a move. The device is where it was.
     #[error("{what}: {cause}")]
     Refused {
+        /// What it refused.
+        what: &'static str,
+        /// The kernel's error.
+        cause: io::Error,
+    },
+    /// The host refused to move the device, and to bring it back. It is blocked.
+    #[error("{what}: {cause}; nor does it go back to where it was")]
+    Blocked {
         /// What it refused.
         what: &'static str,
         /// The kernel's error.
@@ -97,6 +105,9 @@ pub struct NestedUnit<H: Host> {
     default: ObjectId,
     parent: Option<ObjectId>,
     place: Place,
+    /// The unit is at `place`. Not so since [`NestedError::Stuck`]: some of its devices may be elsewhere,
+    /// so that a move to `place` has something to do.
+    sure: bool,
     retired: ArrayVec<ObjectId, MAX_RETIRED>,
     counters: NestedCounters,
 }
@@ -131,6 +142,7 @@ impl<H: Host> NestedUnit<H> {
                     default,
                     parent: Some(parent),
                     place,
+                    sure: true,
                     retired,
                     counters: NestedCounters::default(),
                 };
@@ -181,7 +193,7 @@ impl<H: Host> NestedUnit<H> {
         match to {
             Translation::Blocked => self.block(),
             Translation::Identity => {
-                if self.place == Place::Default {
+                if self.sure && self.place == Place::Default {
                     return Ok(());
                 }
                 self.go("attach the default domain", self.default)?;
@@ -196,7 +208,8 @@ impl<H: Host> NestedUnit<H> {
         if table.levels == Levels::Five && !self.capabilities.five_levels {
             return Err(NestedError::FiveLevels);
         }
-        if let Place::Nested { object, table: now } = self.place
+        if self.sure
+            && let Place::Nested { object, table: now } = self.place
             && now == table
             && self.invalidate(object, vec![Invalidation::All]).is_ok()
         {
@@ -238,6 +251,10 @@ impl<H: Host> NestedUnit<H> {
     }
 
     fn forget(&mut self, entries: Vec<Invalidation>) -> Result<(), NestedError> {
+        if !self.sure {
+            self.counters.blocked += 1;
+            return self.block();
+        }
         let Place::Nested { object, .. } = self.place else {
             return Ok(());
         };
@@ -266,7 +283,7 @@ impl<H: Host> NestedUnit<H> {
     ///
     /// [`NestedError::Stuck`]; the unit is as it was then.
     pub fn close(&mut self) -> Result<(), NestedError> {
-        if matches!(self.place, Place::Nested { .. }) {
+        if !self.sure || matches!(self.place, Place::Nested { .. }) {
             self.block()?;
         }
         self.sweep();
@@ -280,17 +297,44 @@ impl<H: Host> NestedUnit<H> {
     }
 
     fn block(&mut self) -> Result<(), NestedError> {
-        if self.place != Place::Blocked {
-            let detached = self.run(Operation::Detach);
-            detached.map_err(|cause| NestedError::Stuck { cause })?;
-            self.leave(Place::Blocked);
+        match self.sure && self.place == Place::Blocked {
+            true => Ok(()),
+            false => self.detach(),
         }
+    }
+
+    fn detach(&mut self) -> Result<(), NestedError> {
+        let detached = self.run(Operation::Detach);
+        self.sure = detached.is_ok();
+        detached.map_err(|cause| NestedError::Stuck { cause })?;
+        self.leave(Place::Blocked);
         Ok(())
     }
 
+    /// Attaches the unit to `to`. Where it is after a failure nobody knows, so it is brought back to where
+    /// it was, or blocked.
     fn go(&mut self, what: &'static str, to: ObjectId) -> Result<(), NestedError> {
-        let attached = self.run(Operation::Attach { to });
-        attached.map_err(refused(what))
+        let Err(cause) = self.run(Operation::Attach { to }) else {
+            self.sure = true;
+            return Ok(());
+        };
+        let former = match self.place {
+            _ if !self.sure => None,
+            Place::Default => Some(self.default),
+            Place::Nested { object, .. } => Some(object),
+            Place::Blocked => None,
+        };
+        let was_blocked = self.place == Place::Blocked;
+        if let Some(former) = former
+            && self.run(Operation::Attach { to: former }).is_ok()
+        {
+            return Err(NestedError::Refused { what, cause });
+        }
+        self.detach()?;
+        Err(match was_blocked {
+            true => NestedError::Refused { what, cause },
+            false => NestedError::Blocked { what, cause },
+        })
     }
 
     /// The unit has left its place for another.

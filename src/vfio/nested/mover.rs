@@ -131,6 +131,7 @@ impl From<NestedError> for MoveError {
     fn from(error: NestedError) -> Self {
         let left = match error {
             NestedError::Stuck { .. } => Left::Unknown,
+            NestedError::Blocked { .. } => Left::Blocked,
             _ => Left::Unchanged,
         };
         Self {
@@ -192,15 +193,34 @@ impl<H: Members> Drop for NestedMover<H> {
 mod tests {
     use super::*;
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use crate::backend::AddressSpace;
+    use crate::backend::nested::{Answer, NestedCapabilities, Operation};
+    use crate::pviommu::{Levels, PageTable};
 
     /// A kernel that refuses some devices, and notes what it was asked.
     #[derive(Debug, Default)]
     struct Kernel {
         refuses: Mutex<Vec<u32>>,
+        /// Neither forgets translations nor lets a device go.
+        stuck: AtomicBool,
         /// Where each device is, by number.
         at: Mutex<std::collections::BTreeMap<u32, u32>>,
+    }
+
+    impl Kernel {
+        fn check(&self) -> io::Result<()> {
+            match self.stuck.load(Ordering::Relaxed) {
+                true => Err(io::Error::from_raw_os_error(5)),
+                false => Ok(()),
+            }
+        }
+
+        fn at(&self) -> Vec<(u32, u32)> {
+            let at = self.at.lock().unwrap();
+            at.iter().map(|(member, pt)| (*member, *pt)).collect()
+        }
     }
 
     impl AttachKernel for Arc<Kernel> {
@@ -213,6 +233,7 @@ mod tests {
         }
 
         fn detach(&self, member: u32) -> io::Result<()> {
+            self.check()?;
             self.at.lock().unwrap().remove(&member);
             Ok(())
         }
@@ -238,10 +259,7 @@ mod tests {
         devices.lock().extend([8, 9]);
         assert_eq!(devices.id(), 8);
         devices.attach(ObjectId(3)).unwrap();
-        let at = || -> Vec<(u32, u32)> {
-            let at = kernel.at.lock().unwrap();
-            at.iter().map(|(member, pt)| (*member, *pt)).collect()
-        };
+        let at = || kernel.at();
         assert_eq!(at(), [(8, 3), (9, 3)]);
         // The first is refused: nothing has changed.
         *kernel.refuses.lock().unwrap() = vec![8];
@@ -250,5 +268,90 @@ mod tests {
         *kernel.refuses.lock().unwrap() = vec![9];
         assert!(devices.attach(ObjectId(4)).is_err());
         assert_eq!(at(), []);
+    }
+
+    /// Makes tables for the devices of a [`Kernel`].
+    #[derive(Debug)]
+    struct Tables {
+        devices: Devices<Arc<Kernel>>,
+        next: AtomicU32,
+    }
+
+    impl Host for Tables {
+        fn execute(&self, operation: &Operation) -> io::Result<Answer> {
+            match operation {
+                Operation::AllocateParent | Operation::AllocateNested { .. } => {
+                    let next = self.next.fetch_add(1, Ordering::Relaxed);
+                    return Ok(Answer::Object(ObjectId(next)));
+                }
+                Operation::Attach { to } => self.devices.attach(*to)?,
+                Operation::Detach => self.devices.detach()?,
+                Operation::Invalidate { .. } => self.devices.kernel.check()?,
+                Operation::Destroy { .. } => {}
+            }
+            Ok(Answer::Done)
+        }
+    }
+
+    impl Members for Tables {
+        fn join(&self, member: u32, at: Option<ObjectId>) -> io::Result<()> {
+            if let Some(at) = at {
+                self.devices.kernel.attach(member, at.0)?;
+            }
+            self.devices.lock().push(member);
+            Ok(())
+        }
+
+        fn leave(&self, member: u32) -> io::Result<()> {
+            self.devices.lock().retain(|other| *other != member);
+            self.devices.kernel.detach(member)
+        }
+    }
+
+    /// Two devices in the default domain, 1.
+    fn pair(kernel: &Arc<Kernel>) -> NestedMover<Tables> {
+        let tables = Tables {
+            devices: Devices::new(kernel.clone(), 8),
+            next: AtomicU32::new(100),
+        };
+        let capabilities = NestedCapabilities {
+            five_levels: false,
+            gigabyte_pages: false,
+            max_shift: 18,
+        };
+        let identity = ObjectId(1);
+        let blocked = Place::Blocked;
+        let unit = NestedUnit::open(tables, capabilities, identity, blocked, Levels::Four);
+        let mut mover = NestedMover::new(unit.map_err(|(_, error)| error).unwrap(), identity);
+        mover.join(8).unwrap();
+        mover.join(9).unwrap();
+        mover.go(Translation::Identity).unwrap();
+        assert_eq!(kernel.at(), [(8, 1), (9, 1)]);
+        mover
+    }
+
+    fn paged(root: u64) -> Translation {
+        let levels = Levels::Four;
+        Translation::Paged(PageTable { root, levels })
+    }
+
+    #[test]
+    fn a_group_that_is_nowhere_after_a_move_is_attached_by_the_next() {
+        let kernel = Arc::new(Kernel::default());
+        let mut mover = pair(&kernel);
+        *kernel.refuses.lock().unwrap() = vec![9];
+        let error = mover.go(paged(0x1000)).unwrap_err();
+        assert_eq!(kernel.at(), []);
+        assert_eq!(error.left, Left::Blocked);
+        kernel.refuses.lock().unwrap().clear();
+        mover.go(Translation::Identity).unwrap();
+        assert_eq!(kernel.at(), [(8, 1), (9, 1)]);
+        // The same from a table of the guest.
+        mover.go(paged(0x1000)).unwrap();
+        *kernel.refuses.lock().unwrap() = vec![9];
+        assert!(mover.go(paged(0x2000)).is_err());
+        kernel.refuses.lock().unwrap().clear();
+        mover.go(paged(0x1000)).unwrap();
+        assert_eq!(kernel.at().len(), 2);
     }
 }
