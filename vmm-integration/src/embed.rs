@@ -18,6 +18,7 @@ use std::time::Duration;
 use kvm_bindings::{KvmIrqRouting, kvm_cpuid_entry2};
 use kvm_ioctls::{ReadMsrExit, VcpuFd, VmFd};
 use uuid::Uuid;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vm_vpci::backend::shadow::{Shadow, ShadowBackend, ShadowConfig};
 use vm_vpci::cpuid::Features;
 use vm_vpci::devices::event_loop::{EventLoop, Paused};
@@ -497,17 +498,16 @@ impl Embedding {
         }
     }
 
-    /// True for RAM whose pages may be tracked, so that a store to it left the guest.
-    pub(crate) fn is_tracked(&self, gpa: u64) -> bool {
-        let shadow = self.shadow.as_ref();
-        shadow.is_some_and(|shadow| shadow.ram().is_ram(gpa, 1))
+    /// True for RAM. A store to it leaves the guest where its page is tracked, or was a moment ago; nothing
+    /// else does.
+    pub(crate) fn is_ram(&self, gpa: u64) -> bool {
+        self.ram.map().address_in_range(GuestAddress(gpa))
     }
 
-    /// A store to RAM that is tracked.
-    pub(crate) fn tracked_store(&self, vcpu: &mut VcpuFd) {
-        if let Some(shadow) = &self.shadow {
-            kvm::answer_store(vcpu, shadow, self.ram.slots());
-        }
+    /// A store to RAM. False if there is nothing that tracks pages.
+    pub(crate) fn tracked_store(&self, vcpu: &mut VcpuFd) -> bool {
+        let shadow = self.shadow.as_ref();
+        shadow.is_some_and(|shadow| kvm::answer_store(vcpu, shadow, self.ram.slots()))
     }
 
     /// Something that KVM cannot emulate on `vp`: if it may be a store to a tracked page, gets it

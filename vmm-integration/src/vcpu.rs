@@ -246,9 +246,15 @@ impl Vcpu {
                 PortAction::Mark(id) => shared.marks.add(|| shared.mark(id)),
             },
             VcpuExit::IoIn(port, data) => shared.ports.read(port, data),
+            // Answered as from a device it would be a wrong value without a trace.
+            VcpuExit::MmioRead(gpa, _) if shared.embedding.is_ram(gpa) => {
+                return self.failed(format!("a load from RAM at {gpa:#x} left the guest"));
+            }
             VcpuExit::MmioRead(gpa, data) => shared.embedding.mmio_read(gpa, data),
-            VcpuExit::MmioWrite(gpa, _) if shared.embedding.is_tracked(gpa) => {
-                shared.embedding.tracked_store(&mut self.fd);
+            VcpuExit::MmioWrite(gpa, _) if shared.embedding.is_ram(gpa) => {
+                if !shared.embedding.tracked_store(&mut self.fd) {
+                    return self.failed(format!("a store to RAM at {gpa:#x} left the guest"));
+                }
             }
             VcpuExit::MmioWrite(gpa, data) => shared.embedding.mmio_write(gpa, data),
             VcpuExit::X86Rdmsr(exit) => shared.embedding.read_msr(vp, exit),
