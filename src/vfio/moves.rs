@@ -69,10 +69,18 @@ pub(super) trait Mover: Send + Sync + Debug {
     fn go(&mut self, to: Translation) -> Result<(), MoveError>;
 
     /// As [`PagedDomain::flush`], if the devices follow a table.
-    fn flush(&mut self, ranges: &[FlushRange]);
+    ///
+    /// # Errors
+    ///
+    /// [`MoveError`]: the devices use older translations, and the kernel did not block them.
+    fn flush(&mut self, ranges: &[FlushRange]) -> Result<(), MoveError>;
 
     /// As [`PagedDomain::flush_all`].
-    fn flush_all(&mut self);
+    ///
+    /// # Errors
+    ///
+    /// As [`flush`](Self::flush).
+    fn flush_all(&mut self) -> Result<(), MoveError>;
 
     /// A device joins the unit, where the others are.
     fn join(&mut self, member: u32) -> Result<(), MoveError>;
@@ -86,12 +94,12 @@ impl Mover for Box<dyn Mover> {
         (**self).go(to)
     }
 
-    fn flush(&mut self, ranges: &[FlushRange]) {
-        (**self).flush(ranges);
+    fn flush(&mut self, ranges: &[FlushRange]) -> Result<(), MoveError> {
+        (**self).flush(ranges)
     }
 
-    fn flush_all(&mut self) {
-        (**self).flush_all();
+    fn flush_all(&mut self) -> Result<(), MoveError> {
+        (**self).flush_all()
     }
 
     fn join(&mut self, member: u32) -> Result<(), MoveError> {
@@ -171,8 +179,7 @@ impl<K: SpaceKernel + 'static> Mover for SpaceMover<K> {
     fn go(&mut self, to: Translation) -> Result<(), MoveError> {
         let former = self.translation();
         if former == Some(to) {
-            self.flush_all();
-            return Ok(());
+            return self.flush_all();
         }
         if matches!(to, Translation::Paged(_)) && self.paging.is_none() {
             return Err(MoveError::new(NoPaging, Left::Unchanged));
@@ -193,16 +200,18 @@ impl<K: SpaceKernel + 'static> Mover for SpaceMover<K> {
         }
     }
 
-    fn flush(&mut self, ranges: &[FlushRange]) {
+    fn flush(&mut self, ranges: &[FlushRange]) -> Result<(), MoveError> {
         if let Now::Paged((_, domain)) = &self.now {
             domain.flush(ranges);
         }
+        Ok(())
     }
 
-    fn flush_all(&mut self) {
+    fn flush_all(&mut self) -> Result<(), MoveError> {
         if let Now::Paged((_, domain)) = &self.now {
             domain.flush_all();
         }
+        Ok(())
     }
 
     fn join(&mut self, _member: u32) -> Result<(), MoveError> {
@@ -376,8 +385,7 @@ impl<K: AttachKernel> AttachMover<K> {
 impl<K: AttachKernel> Mover for AttachMover<K> {
     fn go(&mut self, to: Translation) -> Result<(), MoveError> {
         if self.is_at(&to) {
-            self.flush_all();
-            return Ok(());
+            return self.flush_all();
         }
         match to {
             Translation::Blocked => self
@@ -400,16 +408,18 @@ impl<K: AttachKernel> Mover for AttachMover<K> {
         }
     }
 
-    fn flush(&mut self, ranges: &[FlushRange]) {
+    fn flush(&mut self, ranges: &[FlushRange]) -> Result<(), MoveError> {
         if let Now::Paged(followed) = &self.now {
             followed.domain.flush(ranges);
         }
+        Ok(())
     }
 
-    fn flush_all(&mut self) {
+    fn flush_all(&mut self) -> Result<(), MoveError> {
         if let Now::Paged(followed) = &self.now {
             followed.domain.flush_all();
         }
+        Ok(())
     }
 
     fn join(&mut self, member: u32) -> Result<(), MoveError> {

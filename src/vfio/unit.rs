@@ -29,7 +29,8 @@ pub(super) struct Unit<M> {
     group: u32,
     members: Vec<Member>,
     mover: M,
-    /// A move failed and the devices are not where they are wanted. Whatever comes next tries again,
+    /// A move failed and the devices are not where they are wanted, or use translations that were to be
+    /// forgotten. Whatever comes next tries again,
     /// so that what the kernel did not take away does not stay reachable until somebody moves.
     astray: bool,
 }
@@ -192,7 +193,8 @@ impl<M: Mover> Unit<M> {
         if self.astray {
             self.settle();
         }
-        self.mover.flush(ranges);
+        let flushed = self.mover.flush(ranges);
+        self.flushed(flushed);
     }
 
     /// Forgets all translations, as [`flush`](Self::flush).
@@ -200,7 +202,15 @@ impl<M: Mover> Unit<M> {
         if self.astray {
             self.settle();
         }
-        self.mover.flush_all();
+        let flushed = self.mover.flush_all();
+        self.flushed(flushed);
+    }
+
+    fn flushed(&mut self, result: Result<(), MoveError>) {
+        if let Err(error) = result {
+            log::error!("group {}: {error}", self.group);
+            self.astray = true;
+        }
     }
 }
 

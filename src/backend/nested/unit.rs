@@ -50,7 +50,7 @@ pub enum NestedError {
     )]
     Retired,
     /// The host did not block the device. It may reach what it must not reach any more: whoever gets
-    /// this must take the device from the guest, or stop the VM.
+    /// this must try again, take the device from the guest, or stop the VM.
     #[error("the host did not block the device: {cause}")]
     Stuck {
         /// The kernel's error.

@@ -115,15 +115,18 @@ impl<H: Members> NestedMover<H> {
         Self { unit, identity }
     }
 
-    fn flushed(&self, result: Result<(), NestedError>, blocked_before: u64) {
+    fn flushed(
+        &self,
+        result: Result<(), NestedError>,
+        blocked_before: u64,
+    ) -> Result<(), MoveError> {
         let blocked = self.unit.counters().blocked;
-        if let Err(error) = result {
-            log::error!("a first-stage table was not flushed: {error}");
-        } else if blocked != blocked_before && blocked.is_power_of_two() {
+        if result.is_ok() && blocked != blocked_before && blocked.is_power_of_two() {
             log::error!(
                 "devices were blocked because the host does not flush their table ({blocked} times)"
             );
         }
+        Ok(result?)
     }
 }
 
@@ -146,16 +149,16 @@ impl<H: Members> Mover for NestedMover<H> {
         Ok(self.unit.attach(&to)?)
     }
 
-    fn flush(&mut self, ranges: &[FlushRange]) {
+    fn flush(&mut self, ranges: &[FlushRange]) -> Result<(), MoveError> {
         let blocked = self.unit.counters().blocked;
         let result = self.unit.flush(ranges);
-        self.flushed(result, blocked);
+        self.flushed(result, blocked)
     }
 
-    fn flush_all(&mut self) {
+    fn flush_all(&mut self) -> Result<(), MoveError> {
         let blocked = self.unit.counters().blocked;
         let result = self.unit.flush_all();
-        self.flushed(result, blocked);
+        self.flushed(result, blocked)
     }
 
     fn join(&mut self, member: u32) -> Result<(), MoveError> {
@@ -197,7 +200,8 @@ mod tests {
 
     use crate::backend::AddressSpace;
     use crate::backend::nested::{Answer, NestedCapabilities, Operation};
-    use crate::pviommu::{Levels, PageTable};
+    use crate::pviommu::{Attachment, Levels, PageTable};
+    use crate::vfio::unit::Unit;
 
     /// A kernel that refuses some devices, and notes what it was asked.
     #[derive(Debug, Default)]
@@ -353,5 +357,41 @@ mod tests {
         kernel.refuses.lock().unwrap().clear();
         mover.go(paged(0x1000)).unwrap();
         assert_eq!(kernel.at().len(), 2);
+    }
+
+    #[test]
+    fn devices_that_were_neither_flushed_nor_blocked_are_so_by_the_next_call() {
+        for all in [false, true] {
+            let kernel = Arc::new(Kernel::default());
+            let mut unit = Unit::new(5, {
+                let mut mover = pair(&kernel);
+                mover.go(Translation::Blocked).unwrap();
+                mover.leave(8);
+                mover.leave(9);
+                mover
+            });
+            let to = Attachment {
+                domain: 5,
+                translation: paged(0x1000),
+                ..Attachment::DEFAULT
+            };
+            unit.join(8, "a").unwrap();
+            unit.attach(8, &to).unwrap();
+            let stale = kernel.at();
+            kernel.stuck.store(true, Ordering::Relaxed);
+            match all {
+                true => unit.flush_all(),
+                false => unit.flush(&[FlushRange { first: 0, shift: 0 }]),
+            }
+            kernel.stuck.store(false, Ordering::Relaxed);
+            // A flush of nothing would leave them as they are.
+            unit.flush(&[]);
+            assert_ne!(
+                kernel.at(),
+                stale,
+                "another table, without cached translations"
+            );
+            assert_eq!(kernel.at().len(), 1);
+        }
     }
 }

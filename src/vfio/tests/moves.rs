@@ -168,12 +168,12 @@ fn going_where_one_is_flushes() {
         mover.go(to).unwrap();
         let calls = fake.state().calls;
         mover.go(to).unwrap();
-        mover.flush(&[]);
-        mover.flush_all();
+        mover.flush(&[]).unwrap();
+        mover.flush_all().unwrap();
         assert_eq!(fake.state().flushes, 3);
         assert_eq!(fake.state().calls, calls);
         mover.go(Translation::Identity).unwrap();
-        mover.flush_all();
+        mover.flush_all().unwrap();
         assert_eq!(fake.state().flushes, 3, "nothing to flush");
     }
 }
