@@ -56,6 +56,7 @@ pub(super) struct OutOfSlots {
 struct Block {
     end: u64,
     readonly: BTreeSet<u64>,
+    /// By address. A hostile guest makes them as many as half the pages, so they are searched.
     slots: Vec<Slot>,
 }
 
@@ -156,7 +157,10 @@ impl SlotMap {
             .into_iter()
             .map(|(start, block)| {
                 let pieces = pieces(start..block.end, &block.readonly);
-                let is_gone = |slot: &&Slot| !pieces.iter().any(|piece| slot.is(piece));
+                let is_gone = |slot: &&Slot| {
+                    let piece = pieces.binary_search_by_key(&slot.gpa, |(range, _)| range.start);
+                    piece.is_err() || piece.is_ok_and(|at| !slot.is(&pieces[at]))
+                };
                 plan.delete.extend(block.slots.iter().filter(is_gone));
                 (start, block, pieces)
             })
@@ -166,8 +170,11 @@ impl SlotMap {
         for (start, mut block, pieces) in changed {
             let former = std::mem::take(&mut block.slots);
             for piece in pieces {
-                if let Some(kept) = former.iter().find(|slot| slot.is(&piece)) {
-                    block.slots.push(*kept);
+                let at = former.binary_search_by_key(&piece.0.start, |slot| slot.gpa);
+                if let Ok(at) = at
+                    && former[at].is(&piece)
+                {
+                    block.slots.push(former[at]);
                     continue;
                 }
                 let (range, readonly) = piece;
@@ -223,6 +230,8 @@ fn pieces(block: Range<u64>, readonly: &BTreeSet<u64>) -> Vec<Piece> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
+
     use proptest::prelude::*;
 
     const RAM: [Range<u64>; 2] = [0..0xa000, 0x1_0000..0x2_4000];
@@ -296,6 +305,25 @@ mod tests {
         let plan = map.plan(&[0x2000], &[0x1000]).unwrap();
         map.done(plan);
         assert_eq!(map.free.len(), 1);
+    }
+
+    /// What the most scattered pages of a block cost.
+    #[test]
+    fn a_change_in_a_block_of_many_pieces_looks_at_each_a_few_times() {
+        let block = 16 << 20;
+        let mut map = SlotMap::new(std::iter::once(0..block), block, 0..5000).unwrap();
+        let pages: Vec<u64> = (0..2048).map(|page| page << 13).collect();
+        let plan = map.plan(&pages, &[]).unwrap();
+        map.done(plan);
+        assert_eq!(map.slots().count(), 4096);
+        let start = Instant::now();
+        for page in &pages[..100] {
+            let plan = map.plan(&[], &[*page]).unwrap();
+            assert!(plan.delete.len() <= 3 && plan.add.len() == 1);
+            map.done(plan);
+        }
+        // A hundred times less than if each piece were compared with each.
+        assert!(start.elapsed() < Duration::from_secs(5));
     }
 
     proptest! {
