@@ -210,7 +210,7 @@ mod tests {
             kind: "blk".into(),
             logical_id: 0x1234_4000,
             iommu: true,
-            bars: [(0, 0x1_0000_0000)].into(),
+            bars: [("0".into(), 0x1_0000_0000)].into(),
             live_messages: 2,
             vectors: Vec::new(),
             dma_faults: 1,
@@ -231,8 +231,13 @@ mod tests {
                 faults: 1,
             }]),
         };
+        // As it comes through the socket.
+        let sent = serde_json::to_string(&Reply::Result(Answer::List(listing))).unwrap();
+        let Reply::Result(answer) = serde_json::from_str(&sent).unwrap() else {
+            panic!("{sent}")
+        };
         assert_eq!(
-            text(&Answer::List(listing)),
+            text(&answer),
             "the machine is paused\n\
              bus b (PCI domain 1a2b): open, version 1.4\n\
              \x20 function 0 blk      id 0x12344000, 2 interrupt messages, 0 interrupts, \

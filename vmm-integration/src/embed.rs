@@ -880,9 +880,9 @@ fn bus_status(bus: &vpci::BusReport) -> BusStatus {
         kind: function.kind.to_owned(),
         logical_id: logical_id(bus.instance, function.number),
         iommu: function.iommu != IommuMode::Off,
-        bars: (0..)
+        bars: (0u8..)
             .zip(function.bars)
-            .filter_map(|(index, gpa)| Some((index, gpa?)))
+            .filter_map(|(index, gpa)| Some((index.to_string(), gpa?)))
             .collect(),
         live_messages: function.live_messages,
         vectors: vectors(function),

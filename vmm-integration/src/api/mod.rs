@@ -86,7 +86,7 @@ pub(crate) enum Reply {
 
 /// What a request that succeeded has to say.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, deny_unknown_fields)]
 pub(crate) enum Answer {
     /// To [`Request::List`].
     List(Listing),
@@ -228,8 +228,9 @@ pub(crate) struct FunctionStatus {
     pub(crate) logical_id: u32,
     /// Whether it is behind the pvIOMMU.
     pub(crate) iommu: bool,
-    /// Where its BARs are mapped, by index.
-    pub(crate) bars: BTreeMap<u8, u64>,
+    /// Where its BARs are mapped, by index in decimal: serde reads no other keys in what may be one of
+    /// several answers.
+    pub(crate) bars: BTreeMap<String, u64>,
     /// Interrupt messages that the guest has.
     pub(crate) live_messages: usize,
     /// Interrupts by vector.
