@@ -141,6 +141,7 @@ impl Storm {
 
 /// A round on a thread of its own: one that hangs is left behind.
 fn guarded(bed: &Arc<dyn Bed>, seed: u64, trace: &Arc<Trace>) -> Result<Round, Failure> {
+    let before = Usage::now();
     let progress = Arc::new(Progress::default());
     let (done, ended) = channel();
     let context = Context::new(bed.clone(), trace.clone());
@@ -178,7 +179,14 @@ fn guarded(bed: &Arc<dyn Bed>, seed: u64, trace: &Arc<Trace>) -> Result<Round, F
         seed,
         acts: std::array::from_fn(|act| progress.acts[act].load(Ordering::Relaxed)),
         calls: std::array::from_fn(|end| progress.calls[end].load(Ordering::Relaxed)),
-        usage: Usage::now(),
+        // A thread that was joined may be among those of the process for a moment longer.
+        usage: Usage::like(
+            &Usage {
+                threads: before.threads,
+                ..Usage::now()
+            },
+            LAG,
+        ),
     })
 }
 
