@@ -592,16 +592,19 @@ fn a_stack_in_a_table_blocks_the_domain_and_the_guest_goes_on() {
     assert_eq!(bed.get(SHARED + 0x800 - 0x20), 0x10);
 }
 
+/// Increments a counter by compare-exchanges, and ends.
+fn incrementing(counter: u64, count: u64) -> Code {
+    let mut code = Code::default();
+    code.increments(counter, count);
+    code.end();
+    code
+}
+
 #[test]
 fn no_compare_exchange_of_two_vcpus_is_lost() {
     const COUNT: u64 = 3000;
     let (counter, _) = shared(7);
-    let code = || {
-        let mut code = Code::default();
-        code.increments(counter, COUNT);
-        code.end();
-        code
-    };
+    let code = || incrementing(counter, COUNT);
     let name = "no_compare_exchange_of_two_vcpus_is_lost";
     // On a busy machine the two may not meet at once.
     for _ in 0..5 {
@@ -624,12 +627,7 @@ fn no_compare_exchange_of_two_vcpus_is_lost() {
 fn no_compare_exchange_is_lost_while_slots_change() {
     const COUNT: u64 = 8000;
     let (counter, _) = shared(7);
-    let code = || {
-        let mut code = Code::default();
-        code.increments(counter, COUNT);
-        code.end();
-        code
-    };
+    let code = || incrementing(counter, COUNT);
     let name = "no_compare_exchange_is_lost_while_slots_change";
     let Some(mut bed) = Bed::new(name, vec![code(), code()]) else {
         return;

@@ -4,7 +4,7 @@
 use std::thread;
 
 use super::ejection::{complete, ejected, is_told, let_go, machine};
-use super::{Scene, TARGET};
+use super::{Scene, TARGET, function_1_is_cut_off};
 use crate::check::{Check, Context, Failure, Verdict, equal, holds};
 use crate::model::kernel::{Kernel, VMBUS_VECTOR, status};
 use crate::model::ring::IN_BAND;
@@ -153,16 +153,7 @@ fn orderly(context: &Context) -> Verdict {
 /// Nothing comes from function 1 any more, and function 0 goes on.
 fn only_0_is_alive(scene: &Scene) -> Verdict {
     let vm = scene.vm();
-    for vp in 0..vm.vps() {
-        vm.take_interrupts(vp)?;
-    }
-    holds(
-        "function 1 has no DMA",
-        !scene.plain.write(TARGET.start, &[1; 8]),
-    )?;
-    for vector in 0..32 {
-        scene.plain.raise(vector);
-    }
+    function_1_is_cut_off(scene)?;
     equal("BAR of function 1", vm.load(0, scene.bar, 4)?, 0xffff_ffff)?;
     thread::sleep(GLANCE);
     for vp in 0..vm.vps() {
