@@ -154,6 +154,8 @@ pub enum Mode {
     MapBenchmark,
     /// As [`Mode::Rebind`], but the VMM ejects each bus in order and plugs it in again.
     Eject,
+    /// As [`Mode::Eject`], but the last function of each bus goes ahead of the others, which go on.
+    EjectFunction,
     /// As [`Mode::Rebind`], but the VMM takes each bus of test devices away by surprise and plugs it in
     /// again. Drivers of virtio devices do not survive that (docs/testing.md).
     Surprise,
@@ -182,7 +184,7 @@ impl Mode {
     pub fn is_controlled(self) -> bool {
         matches!(
             self,
-            Mode::Eject | Mode::Surprise | Mode::Hotplug | Mode::ReuseId
+            Mode::Eject | Mode::EjectFunction | Mode::Surprise | Mode::Hotplug | Mode::ReuseId
         )
     }
 
@@ -197,6 +199,7 @@ impl Mode {
             Mode::VfioUser => "vfio-user",
             Mode::MapBenchmark => "map-benchmark",
             Mode::Eject => "eject",
+            Mode::EjectFunction => "eject-function",
             Mode::Surprise => "surprise",
             Mode::Hotplug => "hotplug",
             Mode::ReuseId => "reuse-id",
@@ -221,6 +224,7 @@ impl FromStr for Mode {
             Mode::VfioUser,
             Mode::MapBenchmark,
             Mode::Eject,
+            Mode::EjectFunction,
             Mode::Surprise,
             Mode::Hotplug,
             Mode::ReuseId,

@@ -379,6 +379,11 @@ pub(super) fn rebinds(run: &Run, guest: &GuestReport, failures: &mut Vec<String>
                 Function::Rng { .. } | Function::Testdev { .. } => 0,
             })
             .sum();
+        let data = match run.mode {
+            // Read without the last function as well, which is no disk in this mode.
+            Mode::EjectFunction => data * 2,
+            _ => data,
+        };
         for cycle in 1..=run.repeat {
             let mut fail = |what: String| failures.push(format!("{bus}: cycle {cycle}: {what}"));
             let seen = guest

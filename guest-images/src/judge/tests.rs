@@ -233,7 +233,11 @@ fn guest(mode: Mode) -> GuestReport {
                     Mode::ReuseId => SIZE,
                     _ => 0,
                 };
-                [(BLK_BUS, SIZE), (RNG_BUS, read), (DEV_BUS, 0)].map(|(bus, verified)| {
+                let size = match mode {
+                    Mode::EjectFunction => SIZE * 2,
+                    _ => SIZE,
+                };
+                [(BLK_BUS, size), (RNG_BUS, read), (DEV_BUS, 0)].map(|(bus, verified)| {
                     RebindReport {
                         cycle,
                         vmbus_device: bus.into(),
@@ -438,6 +442,7 @@ fn good_evidence_passes_in_every_mode() {
         Mode::VfioUser,
         Mode::MapBenchmark,
         Mode::Eject,
+        Mode::EjectFunction,
         Mode::Surprise,
         Mode::Hotplug,
         Mode::ReuseId,
@@ -634,6 +639,8 @@ fn rebinds_must_bring_everything_back() {
         c.guest.rebinds[0].back = false
     });
     breaks(rebind, "bytes right", |c| c.guest.rebinds[0].verified = 0);
+    let once = |c: &mut Case| c.guest.rebinds[0].verified /= 2;
+    breaks(Mode::EjectFunction, "bytes right", once);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! stays as it is in that respect.
 #![forbid(unsafe_code)]
 
-mod exit;
+mod ignne;
 mod vector;
 
 use anyhow::Context;
@@ -78,7 +78,7 @@ fn decode(code: &[u8], start: u64) -> Vec<Instruction> {
 ///
 /// Some were not found as expected; what names them says which.
 pub(super) fn mend(program: &mut [u8]) -> Result<()> {
-    let finders: [(&str, Find); 2] = [("vector", vector::find), ("exit", exit::find)];
+    let finders: [(&str, Find); 2] = [("vector", vector::find), ("ignne", ignne::find)];
     let mut missing = Vec::new();
     for (name, find) in finders {
         let found = locate(program, find);

@@ -27,7 +27,7 @@ const PACKAGE: &str = "qemu-system-x86";
 const PROGRAM: &str = "qemu-system-x86_64";
 
 /// Marks emulators in the cache that [`mend`] has seen.
-const MENDED: &str = "mended 2";
+const MENDED: &str = "mended 3";
 
 /// Emulators that the cache keeps.
 const KEEP: usize = 2;

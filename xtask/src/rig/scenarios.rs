@@ -31,6 +31,8 @@ const REFUSAL_LIMIT_S: u64 = 60;
 const CONFORMANCE_LIMIT_S: u64 = 900;
 /// Time limit of the calls to the kernel's mock IOMMU in seconds.
 const NESTED_MOCK_LIMIT_S: u64 = 60;
+/// Seconds that a hostile guest runs for.
+const HOSTILE_S: u64 = 240;
 /// Time limit of L1's devices without a guest in seconds.
 const VFIO_HOST_LIMIT_S: u64 = 240;
 
@@ -137,6 +139,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(vfio_map()),
         optional(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
+        optional(hostile()),
     ]
 }
 
@@ -642,7 +645,8 @@ fn vfio_host(name: &str, interface: &str, kernel: Option<&str>) -> Scenario {
     }
 }
 
-/// Two functions on one bus: every check, then ejected and plugged in again together.
+/// Two functions on one bus: every check, then ejected, together or one ahead of the other, and plugged
+/// in again together.
 fn multifunction(family: &str) -> Scenario {
     let functions = || vec![disk(BUS_A, 0, 2, 0), entropy(BUS_A, 1)];
     let with = |name: &str, mode, repeat| Run {
@@ -653,8 +657,12 @@ fn multifunction(family: &str) -> Scenario {
     };
     scenario(
         "multifunction",
-        "a disk and an entropy source on one bus: every check; ejected and plugged in again",
-        vec![with("checks", Mode::Full, 0), with("eject", Mode::Eject, 2)],
+        "a disk and an entropy source on one bus: every check; ejected, also one alone, and back again",
+        vec![
+            with("checks", Mode::Full, 0),
+            with("eject", Mode::Eject, 2),
+            with("eject-function", Mode::EjectFunction, 2),
+        ],
     )
 }
 
@@ -686,6 +694,21 @@ fn conformance(name: &str, hyperv: &str) -> Scenario {
         ..scenario(
             name,
             &format!("the conformance suite on virtual CPUs of L1's KVM, --hyperv {hyperv}"),
+            Vec::new(),
+        )
+    }
+}
+
+/// A guest that means harm, on L1's KVM.
+fn hostile() -> Scenario {
+    Scenario {
+        exec: Some(format!(
+            "/host/vpci-vmm hostile --bed kvm --seconds {HOSTILE_S}"
+        )),
+        time_limit_s: HOSTILE_S + RUN_LIMIT_S,
+        ..scenario(
+            "hostile",
+            "minutes of random traffic from two vCPUs of L1's KVM while functions come and go",
             Vec::new(),
         )
     }

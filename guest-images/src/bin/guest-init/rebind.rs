@@ -61,9 +61,13 @@ fn one(
     generation: u64,
 ) -> Result<RebindReport> {
     let (take, give) = match mode {
-        Mode::Eject => ("eject", "plug"),
+        Mode::Eject | Mode::EjectFunction => ("eject", "plug"),
         Mode::Surprise => ("remove", "plug"),
         _ => ("unbind", "bind"),
+    };
+    let verified_before = match mode {
+        Mode::EjectFunction => without_last(number, bus, on_bus, generation)?,
+        _ => 0,
     };
     if mode.is_controlled() {
         self::take(number, take, bus, on_bus)?;
@@ -81,7 +85,7 @@ fn one(
     let back =
         pci::wait_expected(on_bus, LIMIT).with_context(|| format!("after {give} of {bus}"))?;
     let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let verified = verify(&back, generation, give)?;
+    let verified = verified_before + verify(&back, generation, give)?;
     Ok(RebindReport {
         cycle: number,
         vmbus_device: bus.to_owned(),
@@ -90,6 +94,26 @@ fn one(
         millis,
         verified,
     })
+}
+
+/// Has the VMM eject the last function of a bus, and reads the disks among the others, which stay; gives the
+/// number of bytes.
+fn without_last(number: u32, bus: &str, on_bus: &[Expected], generation: u64) -> Result<u64> {
+    let last = on_bus.iter().max_by_key(|item| item.address.function);
+    let last = last.filter(|_| on_bus.len() > 1);
+    let last = last.context("no function of the bus stays when one is ejected")?;
+    let others: Vec<Expected> = on_bus
+        .iter()
+        .filter(|item| item.address != last.address)
+        .copied()
+        .collect();
+    let verb = "eject-function";
+    step(format!("cycle {number}: {verb} {}", last.address));
+    ask(&format!("{verb} {bus} {}", last.address.function));
+    wait_gone(bus, std::slice::from_ref(last))?;
+    let stay =
+        pci::wait_expected(&others, LIMIT).with_context(|| format!("after {verb} of {bus}"))?;
+    verify(&stay, generation, verb)
 }
 
 /// One cycle in which other functions come under the bus's name in between.

@@ -285,6 +285,10 @@ impl<'a> Vmm<'a> {
             Some((COUNT_EVENT, mark)) => self.count(mark),
             Some(("grow", address)) => self.grow(address),
             Some(("eject", bus)) => self.take_away(&["eject", bus], bus),
+            Some(("eject-function", which)) => {
+                let (bus, function) = which.split_once(' ').context("bus and function")?;
+                self.ctl(&["eject", bus, "--fn", function])
+            }
             Some(("remove", bus)) => self.take_away(&["remove", "--surprise", bus], bus),
             Some(("plug", bus)) => self.plug(bus, &run.functions),
             Some(("swap", bus)) => self.plug(bus, &run.substitutes),
