@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use vpci_conformance::runner::Run;
 use vpci_conformance::{beds, checks, report, runner};
 
 use crate::cli::{BedChoice, ConformanceArgs, HypervMode, ReportFormat};
+use crate::print::print;
 
 /// All checks passed, but for those that were skipped.
 const PASSED: u8 = 0;
@@ -116,7 +117,7 @@ fn write(output: Option<&Path>, text: &str) -> io::Result<()> {
     match output {
         Some(path) => fs::write(path, text)
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
-        None => io::stdout().write_all(text.as_bytes()),
+        None => print(text),
     }
 }
 

@@ -10,9 +10,12 @@ use crate::api::{
     Answer, BusStatus, Ejection, FunctionStatus, Listing, MachineState, Reply, Request,
 };
 use crate::cli::{CtlArgs, CtlVerb};
+use crate::print::print;
 
 /// Exit status where the VM refuses.
 const REFUSED: u8 = 1;
+/// Exit status where the reply cannot be printed.
+const UNPRINTED: u8 = 1;
 /// Exit status where no VM answers.
 const NO_VM: u8 = 3;
 
@@ -37,17 +40,27 @@ pub(crate) fn ctl(args: &CtlArgs) -> u8 {
     };
     if args.json {
         // The reply came as JSON, so it can be written as such.
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&reply).unwrap_or_default()
-        );
-        return status;
+        let json = serde_json::to_string_pretty(&reply).unwrap_or_default();
+        return printed(&(json + "\n"), status);
     }
     match reply {
-        Reply::Result(answer) => print!("{}", text(&answer)),
-        Reply::Error(refusal) => eprintln!("vpci-vmm: {}", refusal.message),
+        Reply::Result(answer) => printed(&text(&answer), status),
+        Reply::Error(refusal) => {
+            eprintln!("vpci-vmm: {}", refusal.message);
+            status
+        }
     }
-    status
+}
+
+/// Prints what was asked for. The VM has done it whether or not that works.
+fn printed(text: &str, status: u8) -> u8 {
+    match print(text) {
+        Ok(()) => status,
+        Err(error) => {
+            eprintln!("vpci-vmm: the reply cannot be printed: {error}");
+            UNPRINTED
+        }
+    }
 }
 
 fn request(verb: &CtlVerb) -> Request {

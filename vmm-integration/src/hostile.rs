@@ -9,6 +9,7 @@ use vpci_conformance::storm::{self, Round, Storm};
 
 use crate::cli::HostileArgs;
 use crate::conformance::bed;
+use crate::print::print;
 
 /// The host lived through it.
 const HELD: u8 = 0;
@@ -30,10 +31,18 @@ pub(crate) fn hostile(args: &HostileArgs) -> u8 {
     let seed = args
         .seed
         .unwrap_or_else(|| RandomState::new().build_hasher().finish());
-    println!("hostile guest on {}, seed {seed}", bed.kind().name());
+    let mut printed = print(&format!(
+        "hostile guest on {}, seed {seed}\n",
+        bed.kind().name()
+    ));
     let time = Duration::from_secs(args.seconds.into());
-    let storm = storm::run(&bed, seed, time, |round| println!("{}", line(round)));
-    println!("{}", summary(&storm));
+    let storm = storm::run(&bed, seed, time, |round| {
+        printed = print(&format!("{}\n", line(round)));
+    });
+    if let Err(error) = printed.and_then(|()| print(&format!("{}\n", summary(&storm)))) {
+        eprintln!("vpci-vmm: the rounds cannot be printed: {error}");
+        return FAILED;
+    }
     let Some((seed, failure)) = &storm.failed else {
         return HELD;
     };

@@ -28,6 +28,7 @@ mod memory;
 mod passthrough;
 mod pci_config;
 mod ports;
+mod print;
 mod report;
 mod rtc;
 mod run;

@@ -4,6 +4,8 @@
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use std::io;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::process::Command;
 use std::process::Stdio;
@@ -13,6 +15,16 @@ pub(crate) fn display(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
     words.join(" ")
+}
+
+/// Prints a text on standard output. A reader that is gone, such as `head`, is no failure.
+pub(crate) fn print(text: &str) -> Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot print")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Runs `command` with its output on this program's; an error unless it exits with 0.

@@ -111,10 +111,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     let chosen = chosen(&options.names)?;
     if options.list {
-        for (name, what) in chosen {
-            println!("{name}\n    {what}");
-        }
-        return Ok(());
+        let lines = chosen
+            .iter()
+            .map(|(name, what)| format!("{name}\n    {what}\n"));
+        return command::print(&lines.collect::<String>());
     }
     let suite = Suite::build()?;
     let verdicts = suite.run_all(&chosen)?;

@@ -18,6 +18,7 @@ use vpci_conformance::trace::Trace;
 
 use crate::cli::{DemoArgs, HypervMode};
 use crate::conformance;
+use crate::print::print;
 use stage::Stage;
 
 /// Every step held.
@@ -53,7 +54,7 @@ pub(crate) fn demo(args: &DemoArgs) -> u8 {
         true => report::json(kind, &records, &faults),
         false => report::table(kind, &records, &faults),
     };
-    if let Err(error) = io::stdout().write_all(text.as_bytes()) {
+    if let Err(error) = print(&text) {
         eprintln!("vpci-vmm: the result cannot be written: {error}");
         return FAILED;
     }

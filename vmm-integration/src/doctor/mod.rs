@@ -13,11 +13,12 @@ mod tests;
 
 use std::env;
 use std::ffi::OsStr;
-use std::io::{self, Write};
+use std::io;
 
 use serde::Serialize;
 
 use crate::cli::DoctorArgs;
+use crate::print::print;
 use finding::Finding;
 use host::HostFacts;
 use kvm::KvmFacts;
@@ -205,12 +206,11 @@ pub(crate) fn doctor(args: &DoctorArgs) -> u8 {
     } else {
         Ok(diagnosis.text())
     };
-    // A reader that has seen enough, such as `head`, is no failure of the host.
-    match text.and_then(|text| io::stdout().write_all(text.as_bytes())) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+    match text.and_then(|text| print(&text)) {
+        Err(error) => {
             eprintln!("vpci-vmm: the diagnosis cannot be printed: {error}");
             1
         }
-        _ => diagnosis.exit_status(),
+        Ok(()) => diagnosis.exit_status(),
     }
 }

@@ -14,6 +14,7 @@ mod shell;
 use crate::binaries;
 use crate::binaries::Binaries;
 use crate::cache::Cache;
+use crate::command;
 use crate::emulator::Emulator;
 use crate::failure::Failure;
 use crate::images;
@@ -134,8 +135,7 @@ fn factor(text: &str) -> Result<f64, String> {
 /// Runs what the options ask for.
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.list {
-        print!("{}", list());
-        return Ok(());
+        return command::print(&list());
     }
     let scale = options.limits.timeout_scale;
     if let Some(command) = &options.shell_command {
