@@ -21,7 +21,8 @@ use crate::hypercall::KernelCalls;
 /// ([`crate::msr::PartitionMsrs`]) and the hypercall dispatcher must be given the same features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
-    /// MSR TIME_REF_COUNT, a clock source of last resort.
+    /// MSR TIME_REF_COUNT, a clock source of last resort. Linux up to 6.1 prefers it to the invariant
+    /// TSC, and each look at the time is an exit then: better off where `tsc_invariant` is on.
     pub reference_counter: bool,
     /// MSRs TSC_FREQUENCY and APIC_FREQUENCY. Without kvm-clock, PIT, HPET and PM timer a guest has
     /// no other way to learn them, and does not boot.

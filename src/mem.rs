@@ -82,6 +82,9 @@ impl GuestRam {
     /// Replaces the memory map. What begins after this returns uses the new map. An access that is
     /// under way may end in the former one, and rings and DMA ports keep a region that was taken
     /// out mapped until their next access.
+    ///
+    /// Not in a VM with passed-through devices: what their DMA reaches is RAM as it was when they were
+    /// opened (docs/passthrough.md).
     pub fn replace(&self, map: &RamMap) {
         self.shared.snapshot.store(Arc::new(Snapshot::new(map)));
         self.shared.generation.fetch_add(1, Ordering::Release);

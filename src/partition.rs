@@ -538,7 +538,9 @@ impl Partition {
     }
 
     /// The VM is being reset: connection, domains, devices and registers go back to their
-    /// power-on state; buses stay plugged in. Call it while no virtual CPU runs.
+    /// power-on state; buses stay plugged in. Call it while no virtual CPU runs, and before RAM is
+    /// filled for the next boot: until it returns devices may still write there, and what was under
+    /// the hypercall page comes back.
     pub fn reset(&self) {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
         self.vmbus.reset();

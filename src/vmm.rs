@@ -75,7 +75,7 @@ pub trait Worker: Send + Sync + Debug {
 
 /// The VMM's loop: turns triggers into calls of [`Worker::process`].
 ///
-/// The library starts no threads. An embedder backs this with its own loop (one eventfd a worker),
+/// The library starts no threads for its workers. An embedder backs this with its own loop (one eventfd a worker),
 /// the ready-made one of feature `devices`, or, in tests, a list that is drained by hand.
 pub trait WorkerHost: Send + Sync + Debug {
     /// Adopts a worker and returns what wakes it. A worker whose weak reference no longer upgrades

@@ -146,11 +146,6 @@ impl DmaPort {
         self.guard().master
     }
 
-    /// True if the function is behind a pvIOMMU.
-    pub fn is_behind_iommu(&self) -> bool {
-        self.guard().unit.is_some()
-    }
-
     /// Counts since the function was plugged in.
     pub fn counters(&self) -> DmaCounters {
         DmaCounters {

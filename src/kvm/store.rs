@@ -169,6 +169,8 @@ pub enum StepError {
 /// An exception that the instruction raises ends the step only when its handler is done, so after
 /// `time` the vCPU is taken out of the guest wherever it is. Any other kick does the same.
 ///
+/// A thread lives for the time of the step, and guest debugging of the vCPU is off afterwards.
+///
 /// True if the vCPU is at another instruction now. One that is not may do with more time.
 ///
 /// # Errors

@@ -606,7 +606,7 @@ impl PvIommu {
                 translation: Translation::Blocked,
                 ..Attachment::DEFAULT
             };
-            // Blocking is never refused.
+            // A backend that cannot even do that tries again ahead of whatever it is told next.
             let _ = self.tell(device, &blocked);
         }
     }
