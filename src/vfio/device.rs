@@ -207,7 +207,8 @@ impl VfioDevice {
     ///
     /// # Errors
     ///
-    /// What the kernel says; interrupts that were enabled before may be disabled then.
+    /// What the kernel says; interrupts that were enabled before may be disabled then. Where the host
+    /// has fewer vectors than are asked for, the error says how many, and none is enabled.
     pub fn set_irqs(
         &self,
         index: u32,

@@ -456,8 +456,20 @@ pub(super) fn set_irqs(device: BorrowedFd<'_>, words: &[u32]) -> io::Result<()> 
     }
     // SAFETY: the kernel reads as many bytes as the first word says, which are those of `words`; the
     // descriptors in them are only looked up.
-    check(unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, words.as_ptr()) })?;
-    Ok(())
+    let result = check(unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, words.as_ptr()) })?;
+    all_vectors(result, words[3].saturating_add(words[4]))
+}
+
+/// Judges what VFIO_DEVICE_SET_IRQS answers that has not failed. A positive number is how many
+/// vectors the host has for the device, fewer than were `asked` for, and none is enabled
+/// (vfio_msi_enable, drivers/vfio/pci/vfio_pci_intrs.c).
+pub(super) fn all_vectors(result: c_int, asked: u32) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::other(format!(
+            "the host has {result} interrupt vectors for the device, not {asked}"
+        ))),
+    }
 }
 
 #[cfg(test)]
@@ -525,6 +537,16 @@ mod tests {
         let mut destroy = iommufd::iommu_destroy::default();
         destroy.set_size(8);
         assert_eq!((destroy.size, destroy.id), (8, 0));
+    }
+
+    #[test]
+    fn fewer_vectors_than_asked_for_are_a_refusal_that_tells_how_many() {
+        all_vectors(0, 8).unwrap();
+        let error = all_vectors(3, 8).unwrap_err().to_string();
+        assert!(
+            error.contains("has 3") && error.contains("not 8"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::*;
+use crate::vfio::ioctl;
 use crate::vmm::Msi;
 
 /// A line whose signals a test makes: kept, or delivered to a log.
@@ -82,6 +83,8 @@ struct Device {
     calls: Mutex<Vec<(u32, u32, usize)>>,
     dynamic: bool,
     fail: Mutex<bool>,
+    /// How many vectors the host has for it, if not enough.
+    scarce: Mutex<Option<usize>>,
 }
 
 impl Irqs for Device {
@@ -92,6 +95,12 @@ impl Irqs for Device {
         }
         let mut on = lock(&self.on);
         let end = start as usize + fds.len();
+        if let Some(most) = *lock(&self.scarce)
+            && on.is_none()
+            && end > most
+        {
+            return ioctl::all_vectors(most as i32, end as u32);
+        }
         let (mode, vectors) = on.get_or_insert_with(|| (index, vec![-1; end]));
         assert_eq!(*mode, index, "one kind of interrupts at a time");
         if end > vectors.len() {
@@ -270,4 +279,34 @@ fn what_the_host_refuses_is_counted_and_can_be_tried_again() {
     rig.vectors.route(0, to(0x33));
     rig.vectors.set_mode(InterruptMode::Off);
     assert!(lock(&rig.device.on).is_none());
+}
+
+#[test]
+fn vectors_that_the_host_lacks_are_a_failure_and_can_be_had_later() {
+    for dynamic in [true, false] {
+        let rig = Rig::new(dynamic, 16);
+        rig.vectors.set_mode(InterruptMode::Msix);
+        *lock(&rig.device.scarce) = Some(2);
+        rig.vectors.route(5, to(0x51));
+        assert_eq!(rig.vectors.failures(), 1);
+        rig.event(5);
+        assert_eq!(rig.delivered(), []);
+        *lock(&rig.device.scarce) = None;
+        rig.vectors.route(5, to(0x51));
+        rig.event(5);
+        assert_eq!(rig.delivered(), [Msi::fixed(0, 0x51)]);
+        // Messages of MSI come all together.
+        *lock(&rig.device.scarce) = Some(2);
+        let four = InterruptMode::Msi { messages: 4 };
+        rig.vectors.set_mode(four);
+        assert_eq!(rig.vectors.failures(), 2);
+        rig.vectors.route(3, to(0x43));
+        *lock(&rig.device.scarce) = None;
+        rig.vectors.set_mode(InterruptMode::Off);
+        rig.vectors.set_mode(four);
+        rig.vectors.route(3, to(0x43));
+        rig.event(3);
+        assert_eq!(rig.delivered(), [Msi::fixed(0, 0x43)]);
+        assert_eq!(rig.vectors.failures(), 2);
+    }
 }
