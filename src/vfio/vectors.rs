@@ -1,8 +1,8 @@
 //! The interrupts of a host device: each vector an eventfd of VFIO that is a line into the guest.
 //!
-//! A vector is enabled in the device when its first message is to be delivered, not when the guest
-//! switches MSI-X on, so that a device with thousands takes the host's interrupts only for those in
-//! use. What happens before is kept by the device itself, in its pending bits, because the host masks
+//! MSI-X is on in the device as soon as the guest switches it on, but a vector takes one of the host's
+//! interrupts only when its first message is to be delivered, so that a device with thousands takes those
+//! in use. What happens before is kept by the device itself, in its pending bits, because the host masks
 //! the entry.
 #![forbid(unsafe_code)]
 
@@ -132,6 +132,15 @@ impl Vectors {
             let fds: Vec<_> = state.vectors.iter().map(Vector::eventfd).collect();
             self.irqs.set(MSI_IRQ, 0, &fds)?;
             state.enabled = true;
+        }
+        if mode == InterruptMode::Msix && count > 0 {
+            // With no vector; as many as may be needed where more cannot be had later.
+            let vectors = if self.counts.dynamic { 1 } else { count };
+            match self.irqs.set(MSIX_IRQ, 0, &vec![None; vectors as usize]) {
+                Ok(()) => state.enabled = true,
+                // The first vector tries again.
+                Err(error) => self.failed("switching MSI-X on", &error),
+            }
         }
         Ok(state)
     }
