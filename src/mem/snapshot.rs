@@ -114,6 +114,11 @@ impl Snapshot {
         parts.filter(|part| part.start < part.end)
     }
 
+    /// Bytes of all regions.
+    pub(crate) fn size(&self) -> u64 {
+        self.regions.iter().map(|region| region.len).sum()
+    }
+
     /// As [`GuestRam::read`](super::GuestRam::read).
     #[inline]
     pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {

@@ -29,6 +29,8 @@ pub(super) struct Domain {
     max_mappings: usize,
     /// Exactly the mappings of `space`.
     mapped: Intervals<Target>,
+    /// Bytes of `mapped`.
+    bytes: u64,
     /// By level, from 1 on: pages of the tables by the first address that they translate.
     tables: [BTreeMap<u64, u64>; MAX_LEVELS],
     /// The domain is blocked: nothing is mapped, and no table has a place.
@@ -45,6 +47,7 @@ impl Domain {
             space,
             max_mappings: max_mappings.min(host),
             mapped: Intervals::default(),
+            bytes: 0,
             tables: Default::default(),
             blocked: false,
             leaking: false,
@@ -65,6 +68,7 @@ impl Domain {
     fn block(&mut self) {
         self.blocked = true;
         self.mapped.clear();
+        self.bytes = 0;
         self.leaking = false;
         if let Err(error) = self.space.clear() {
             // Tried again at each flush.
@@ -90,6 +94,7 @@ pub(super) struct Follower<'a, 'r> {
     pub(super) view: &'a mut View<'r>,
     pub(super) stats: &'a Stats,
     pub(super) max_tables: usize,
+    pub(super) max_bytes: u64,
 }
 
 impl Follower<'_, '_> {
@@ -303,6 +308,12 @@ impl Follower<'_, '_> {
         if self.domain.mapped.len() >= max {
             return Err(Trouble::Mappings { max });
         }
+        // Before the host is asked, which pins what it maps.
+        let max = self.max_bytes;
+        let bytes = self.domain.bytes.saturating_add(len);
+        if bytes > max {
+            return Err(Trouble::Bytes { max });
+        }
         let access = match writable {
             true => Permissions::READ | Permissions::WRITE,
             false => Permissions::READ,
@@ -317,6 +328,7 @@ impl Follower<'_, '_> {
             .mapped
             .insert(iova, len, Target { gpa, writable });
         debug_assert!(noted.is_ok(), "{piece:?}: {noted:?}");
+        self.domain.bytes = bytes;
         Ok(())
     }
 
@@ -331,7 +343,9 @@ impl Follower<'_, '_> {
         let inside = self.domain.mapped.overlapping(range);
         let starts: Vec<u64> = inside.map(|(mapped, _)| mapped.start).collect();
         for start in starts {
-            self.domain.mapped.remove(start);
+            if let Some((gone, _)) = self.domain.mapped.remove(start) {
+                self.domain.bytes -= gone.end - gone.start;
+            }
         }
         Ok(())
     }

@@ -11,9 +11,10 @@
 //!   address, and counts. A trapped store is acted on at each place of its page to which a walk from
 //!   the root still leads.
 //! - *Stores past the tracker*, by the VMM and by emulated devices, take effect with the next flush.
-//! - *Limits.* Tables, places and mappings are bounded ([`ShadowConfig`]), and with them the work of a
-//!   store, a flush and an attachment. A domain that needs more, or for which the host fails, is
-//!   emptied and stays so until it is attached anew: its devices' DMA faults, and nothing else happens.
+//! - *Limits.* Tables, places, mappings and their bytes are bounded ([`ShadowConfig`]), and with them the
+//!   work of a store, a flush and an attachment, here and in the host's kernel. A domain that needs
+//!   more, or for which the host fails, is emptied and stays so until it is attached anew: its
+//!   devices' DMA faults, and nothing else happens.
 //!
 //! One lock guards everything. It is held while the tracker stops the vCPUs; one that waits for it has
 //! left the guest, so it counts as stopped.
@@ -38,6 +39,9 @@ use crate::mem::{GuestRam, MemError, PAGE_SIZE, Snapshot};
 use crate::pviommu::{BackendError, FlushRange, PageTable};
 use crate::vmm::TrackedPages;
 
+/// Bytes that a domain maps at most, if nothing else is said, for each byte of RAM.
+const RAM_MULTIPLE: u64 = 4;
+
 /// Idle pages that are let go of at the end of a flush.
 const IDLE_BATCH: usize = 32;
 
@@ -55,6 +59,12 @@ pub struct ShadowConfig {
     pub max_places: usize,
     /// Mappings of one domain; the host may allow fewer.
     pub max_mappings: usize,
+    /// Bytes that one domain maps at a time; RAM that is mapped twice counts twice. They cost the
+    /// host's kernel time and memory, and a few tables that lead to the same large leaves map any
+    /// number of them. `None`: four times the guest's RAM, as it is then. A guest such as Linux maps
+    /// little of its RAM twice in a domain: buffers that several devices use, and what it has unmapped
+    /// and not flushed yet.
+    pub max_bytes: Option<u64>,
 }
 
 impl Default for ShadowConfig {
@@ -65,6 +75,7 @@ impl Default for ShadowConfig {
             max_tables: 16384,
             max_places: 512,
             max_mappings: 65535,
+            max_bytes: None,
         }
     }
 }
@@ -118,6 +129,8 @@ enum Trouble {
     Places { max: usize },
     #[error("the domain has more than {max} mappings")]
     Mappings { max: usize },
+    #[error("the domain maps more than {max} bytes")]
+    Bytes { max: u64 },
     #[error("the guest's stack is in its page table at {gpa:#x}")]
     Stack { gpa: u64 },
     #[error("stores to page tables cannot be seen: {0}")]
@@ -389,13 +402,17 @@ impl Shadow {
         pages: &'a mut Pages,
         view: &'a mut View<'r>,
     ) -> Follower<'a, 'r> {
+        let config = &self.config;
+        let of_ram = || view.ram().size().saturating_mul(RAM_MULTIPLE);
+        let max_bytes = config.max_bytes.unwrap_or_else(of_ram);
         Follower {
             id,
             domain,
             pages,
             view,
             stats: &self.stats,
-            max_tables: self.config.max_tables,
+            max_tables: config.max_tables,
+            max_bytes,
         }
     }
 

@@ -31,6 +31,8 @@ pub(crate) struct FakeSpace {
     ram: Vec<Range<u64>>,
     limits: SpaceLimits,
     mapped: Mutex<Intervals<(u64, Permissions)>>,
+    /// Bytes mapped now, and at most so far.
+    bytes: Mutex<(u64, u64)>,
     /// Calls until the host fails.
     fails_in: Mutex<Option<u32>>,
 }
@@ -53,6 +55,7 @@ impl FakeSpace {
                 max_mappings,
             },
             mapped: Mutex::default(),
+            bytes: Mutex::default(),
             fails_in: Mutex::default(),
         })
     }
@@ -68,6 +71,11 @@ impl FakeSpace {
     pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
         let mapped = self.mapped.lock().unwrap();
         mapped.iter().map(|(range, _)| range).collect()
+    }
+
+    /// Bytes that were mapped at a time, at most.
+    fn most_bytes(&self) -> u64 {
+        self.bytes.lock().unwrap().1
     }
 
     fn may_fail(&self) -> Result<(), SpaceError> {
@@ -91,7 +99,11 @@ impl AddressSpace for FakeSpace {
         assert!(self.ram.iter().any(is_ram), "{gpa:#x}+{len:#x}");
         let mut mapped = self.mapped.lock().unwrap();
         let inserted = mapped.insert(iova, len, (gpa, access));
-        inserted.map_err(|_| SpaceError::Exists { iova, len })
+        inserted.map_err(|_| SpaceError::Exists { iova, len })?;
+        let (now, most) = &mut *self.bytes.lock().unwrap();
+        *now += len;
+        *most = (*most).max(*now);
+        Ok(())
     }
 
     fn unmap(&self, iova: u64, len: u64) -> Result<(), SpaceError> {
@@ -106,13 +118,15 @@ impl AddressSpace for FakeSpace {
         };
         assert!(!inside.is_empty(), "a call for nothing");
         for start in inside {
-            mapped.remove(start);
+            let (gone, _) = mapped.remove(start).unwrap();
+            self.bytes.lock().unwrap().0 -= gone.end - gone.start;
         }
         Ok(())
     }
 
     fn clear(&self) -> Result<(), SpaceError> {
         self.mapped.lock().unwrap().clear();
+        self.bytes.lock().unwrap().0 = 0;
         Ok(())
     }
 
@@ -168,10 +182,17 @@ struct Bed {
 
 impl Bed {
     fn new(config: ShadowConfig) -> Self {
-        let ranges = RAM.map(|range| {
-            let len = (range.end - range.start) as usize;
-            (GuestAddress(range.start), len)
-        });
+        Self::with_ram(&RAM, config)
+    }
+
+    fn with_ram(ram: &[Range<u64>], config: ShadowConfig) -> Self {
+        let ranges: Vec<_> = ram
+            .iter()
+            .map(|range| {
+                let len = (range.end - range.start) as usize;
+                (GuestAddress(range.start), len)
+            })
+            .collect();
         let ram = GuestRam::new(&RamMap::from_ranges(&ranges).expect("test RAM"));
         let tracker = Arc::new(FakeTracker {
             ram: ram.clone(),
@@ -251,6 +272,8 @@ impl Bed {
 fn config() -> ShadowConfig {
     ShadowConfig {
         physical_bits: 50,
+        // RAM is small, and large leaves map all of it.
+        max_bytes: Some(u64::MAX),
         ..ShadowConfig::default()
     }
 }

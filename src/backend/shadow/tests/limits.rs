@@ -111,6 +111,10 @@ fn each_limit_blocks() {
             max_mappings: 1,
             ..config()
         },
+        ShadowConfig {
+            max_bytes: Some(0x1fff),
+            ..config()
+        },
     ];
     for (config, way) in configs.into_iter().zip(0..) {
         let bed = Bed::new(config);
@@ -188,4 +192,72 @@ fn a_host_that_fails_costs_the_domain_and_nothing_else() {
         }
         assert_blocked(&bed, &space, &*domain);
     }
+}
+
+const GIB: u64 = 1 << 30;
+
+/// A VM with 1 GiB of RAM and the default limits, and a space of it.
+fn large() -> (Bed, Arc<FakeSpace>) {
+    let ram = Range { start: 0, end: GIB };
+    let ram = std::slice::from_ref(&ram);
+    let config = ShadowConfig {
+        physical_bits: 50,
+        ..ShadowConfig::default()
+    };
+    (Bed::with_ram(ram, config), FakeSpace::with_ram(ram, None))
+}
+
+#[test]
+fn few_tables_of_large_leaves_do_not_map_ram_thousands_of_times() {
+    let (bed, space) = large();
+    for index in 0..512 {
+        bed.set(0x2000, index, LARGE);
+    }
+    // 65,024 leaves: tens of TiB, below every limit of a number.
+    for index in 0..127 {
+        bed.set(0x1000, index, 0x2000 | LINK);
+    }
+    let error = bed.follow(0x1000, &space).unwrap_err();
+    assert!(
+        error.0.to_string().contains("4294967296 bytes"),
+        "{error:?}"
+    );
+    // The interrupt range is not mapped.
+    assert_eq!(space.most_bytes(), 4 * GIB - 0x10_0000);
+    assert!(space.ranges().is_empty());
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    assert!(bed.tracker.tracked.lock().unwrap().is_empty());
+}
+
+#[test]
+fn bytes_that_are_unmapped_can_be_mapped_again() {
+    let (bed, space) = large();
+    bed.set(0x1000, 0, 0x2000 | LINK);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    for round in 0..3 {
+        // Not at 3 GiB, of which the interrupt range is a part.
+        for index in [0, 1, 2, 4] {
+            bed.set(0x2000, index + 8 * round, LARGE);
+        }
+        assert_eq!(space.ranges().len(), 4, "four times all RAM");
+        for index in [0, 1, 2, 4] {
+            bed.set(0x2000, index + 8 * round, 0);
+        }
+        domain.flush_all();
+        assert!(space.ranges().is_empty());
+    }
+    for index in [0, 1, 2, 4] {
+        bed.set(0x2000, index, LARGE);
+    }
+    // Two smaller ones in place of one.
+    bed.set(0x3000, 0, 0x20_0000 | LARGE);
+    bed.set(0x3000, 1, 0x40_0000 | LARGE);
+    bed.set(0x2000, 4, 0x3000 | LINK);
+    domain.flush_all();
+    assert_eq!(space.find(4 * GIB), Some((0x20_0000, true)));
+    assert_eq!(bed.shadow.counters().blocked, 0);
+    bed.set(0x2000, 5, LARGE);
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    assert!(space.ranges().is_empty());
+    assert_eq!(space.most_bytes(), 4 * GIB);
 }
