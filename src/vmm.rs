@@ -196,7 +196,8 @@ pub trait TrackedPages: Send + Sync + Debug {
     /// # Errors
     ///
     /// The host's error. Pages of `track` may be tracked or not then; those of `untrack` still are,
-    /// or their stores trap no more: either is fine.
+    /// or their stores trap no more: either is fine. A later call names them again, those of `track`
+    /// to be tracked or let go of.
     fn change(&self, track: &[u64], untrack: &[u64]) -> io::Result<()>;
 }
 

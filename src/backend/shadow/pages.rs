@@ -23,9 +23,9 @@ pub(super) struct Pages {
     places: HashMap<u64, Vec<Place>>,
     /// Number of all places.
     count: usize,
-    /// Pages that have a place and are not tracked yet.
+    /// Pages that are not tracked yet; those that are idle too never have to be.
     fresh: Vec<u64>,
-    /// Pages that are tracked and have no place any more.
+    /// Pages that are tracked, or were to be, and have no place any more.
     idle: BTreeSet<u64>,
 }
 
@@ -143,14 +143,16 @@ impl Pages {
     }
 
     fn change(&mut self) -> Result<(), Trouble> {
-        let mut fresh = std::mem::take(&mut self.fresh);
+        let is_wanted = |gpa: &u64| !self.idle.contains(gpa);
+        let mut fresh: Vec<u64> = self.fresh.iter().copied().filter(is_wanted).collect();
         fresh.sort_unstable();
-        fresh.retain(|gpa| !self.idle.contains(gpa));
         let idle: Vec<u64> = self.idle.iter().copied().collect();
-        // After an error all of them count as tracked, and are untracked when they are idle.
+        // After an error the fresh ones stay so: another domain that finds such a page among the
+        // tables has to track it before it is read.
         self.tracker
             .change(&fresh, &idle)
             .map_err(Trouble::Tracking)?;
+        self.fresh.clear();
         self.idle.clear();
         for gpa in idle {
             self.places.remove(&gpa);

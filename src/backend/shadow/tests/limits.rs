@@ -177,7 +177,20 @@ fn a_host_that_fails_costs_the_domain_and_nothing_else() {
         "the guest's store is done"
     );
     *bed.tracker.broken.lock().unwrap() = false;
+    // Another domain that has the page is not misled by the attempt.
+    let other = FakeSpace::new(None);
+    let other_domain = bed.follow(0x5000, &other).unwrap();
+    assert!(bed.is_tracked(0x5000));
+    assert_eq!(bed.shadow.counters().tracked_pages, 1);
+    bed.set(0xb000, 0, 0x20_0000 | LARGE);
+    bed.set(0x5000, 0, 0xb000 | LINK);
+    assert_eq!(other.find(0), None);
+    bed.set(0xc000, 0, 0x20_0000 | LARGE);
+    bed.set(0xb000, 0, 0xc000 | LINK);
+    assert_eq!(other.find(0), Some((0x20_0000, true)));
+    drop(other_domain);
     assert_blocked(&bed, &space, &*domain);
+    assert!(bed.tracker.tracked.lock().unwrap().is_empty());
     // Maps, and unmaps in a flush.
     for unmap in [false, true] {
         let bed = Bed::new(config());
