@@ -50,4 +50,10 @@ pub trait PagedDomain: Send + Sync + Debug {
 
     /// The same for all addresses.
     fn flush_all(&self);
+
+    /// True if nothing is mapped and nothing is followed any more, because the table could not be
+    /// carried on: devices that are to go to the table need a domain that follows it anew.
+    fn is_blocked(&self) -> bool {
+        false
+    }
 }

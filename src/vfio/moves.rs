@@ -65,7 +65,8 @@ pub(super) struct NoPaging;
 
 /// The devices of one attach unit, as far as the kernel is concerned.
 pub(super) trait Mover: Send + Sync + Debug {
-    /// Moves all devices of the unit. Going where they are already acts as a full flush.
+    /// Moves all devices of the unit. Going where they are already acts as a full flush, unless what
+    /// followed their table gave up: then it is followed anew.
     fn go(&mut self, to: Translation) -> Result<(), MoveError>;
 
     /// As [`PagedDomain::flush`], if the devices follow a table.
@@ -177,8 +178,11 @@ impl<K: SpaceKernel + 'static> SpaceMover<K> {
 
 impl<K: SpaceKernel + 'static> Mover for SpaceMover<K> {
     fn go(&mut self, to: Translation) -> Result<(), MoveError> {
-        let former = self.translation();
-        if former == Some(to) {
+        let mut former = self.translation();
+        if matches!(&self.now, Now::Paged((_, domain)) if domain.is_blocked()) {
+            // Of no use any more; emptied below, whatever the way, because the host may have failed to.
+            former = Some(Translation::Blocked);
+        } else if former == Some(to) {
             return self.flush_all();
         }
         if matches!(to, Translation::Paged(_)) && self.paging.is_none() {
@@ -273,7 +277,10 @@ impl<K: AttachKernel> AttachMover<K> {
         match (&self.now, to) {
             (Now::Blocked, Translation::Blocked) => true,
             (Now::Identity, Translation::Identity) => true,
-            (Now::Paged(followed), Translation::Paged(table)) => followed.table == *table,
+            // What gave up is followed anew.
+            (Now::Paged(followed), Translation::Paged(table)) => {
+                followed.table == *table && !followed.domain.is_blocked()
+            }
             _ => false,
         }
     }

@@ -538,6 +538,12 @@ impl PagedDomain for ShadowDomain {
         let mut state = self.shadow.lock();
         self.shadow.reconcile(&mut state, self.id, None);
     }
+
+    fn is_blocked(&self) -> bool {
+        let state = self.shadow.lock();
+        let domain = state.domains.get(&self.id);
+        domain.is_none_or(|domain| domain.blocked)
+    }
 }
 
 impl Drop for ShadowDomain {

@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
-use super::fake::{Fake, Paging, Reach, all_ram, reach_by, table};
+use super::fake::{Fake, Paging, Reach, all_ram, ram, reach_by, table};
+use crate::backend::Permissions;
+use crate::backend::shadow::{Shadow, ShadowBackend, ShadowConfig};
+use crate::hv::pviommu::entry;
 use crate::pviommu::Translation;
 use crate::vfio::moves::{AttachMover, Left, Mover, SpaceMover};
+use crate::vmm::TrackedPages;
 
 const PLACES: [fn() -> Translation; 4] = [
     || Translation::Blocked,
@@ -208,4 +212,79 @@ fn nothing_stays_behind_in_iommufd() {
     assert_eq!(fake.reach(), reach_by(table(3)), "the other one stays");
     mover.leave(9);
     assert_eq!((fake.reach(), fake.spaces()), (Reach::new(), 1));
+}
+
+/// All stores come to the shadow by themselves.
+#[derive(Debug)]
+struct AllTracked;
+
+impl TrackedPages for AllTracked {
+    fn change(&self, _track: &[u64], _untrack: &[u64]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_domain_that_met_a_limit_is_followed_anew_when_its_table_is_configured_again() {
+    const LEAF: u64 = entry::PRESENT | entry::WRITABLE | entry::USER;
+    let config = ShadowConfig {
+        max_mappings: 1,
+        ..ShadowConfig::default()
+    };
+    type Make = fn(&Fake, ShadowBackend) -> Box<dyn Mover>;
+    let movers: [Make; 2] = [
+        |fake, backend| Box::new(SpaceMover::new(fake.container(), Some(Arc::new(backend)))),
+        |fake, backend| {
+            let mut mover = AttachMover::new(fake.iommufd(), Some(Arc::new(backend)));
+            mover.join(7).unwrap();
+            Box::new(mover)
+        },
+    ];
+    let reached = Reach::from([(0x1000, (0x11000, Permissions::READ | Permissions::WRITE))]);
+    for new in movers {
+        let fake = Fake::default();
+        let shadow = Arc::new(Shadow::new(config, ram(), Arc::new(AllTracked)));
+        let set = |table: u64, index: u64, value: u64| {
+            let stored = shadow.store(table + index * 8, &value.to_le_bytes());
+            stored.unwrap();
+        };
+        for (table, next) in [(0, 0x1000), (0x1000, 0x2000), (0x2000, 0x10000)] {
+            set(table, 0, next | LEAF);
+        }
+        set(0x10000, 1, 0x11000 | LEAF);
+        let mut mover = new(&fake, ShadowBackend(shadow.clone()));
+        let to = Translation::Paged(table(0));
+        // Right away, or after it was refused because it was too much still; directly, or elsewhere first.
+        let ways = [
+            (false, &[to][..]),
+            (true, &[to]),
+            (false, &[Translation::Blocked, to]),
+            (false, &[Translation::Identity, to]),
+        ];
+        for (is_tried, way) in ways {
+            mover.go(to).unwrap();
+            assert_eq!(fake.reach(), reached);
+            let blocked = shadow.counters().blocked;
+            set(0x10000, 2, 0x11000 | LEAF);
+            assert!(fake.reach().is_empty());
+            assert_eq!(shadow.counters().blocked, blocked + 1);
+            if is_tried {
+                let error = mover.go(to).unwrap_err();
+                assert_eq!(error.left, Left::Unchanged, "{error}");
+                assert!(fake.reach().is_empty());
+            }
+            set(0x10000, 2, 0);
+            for place in way {
+                mover.go(*place).unwrap();
+            }
+            assert_eq!(fake.reach(), reached, "{way:?}");
+        }
+        // A flush does not bring it back: the guest asked for no more.
+        set(0x10000, 2, 0x11000 | LEAF);
+        set(0x10000, 2, 0);
+        mover.flush_all().unwrap();
+        assert!(fake.reach().is_empty());
+        mover.go(Translation::Blocked).unwrap();
+        assert!(fake.reach().is_empty());
+    }
 }
