@@ -329,14 +329,20 @@ impl Shadow {
         let memory = ram.u64(word)?;
         let mut value = memory.load(Ordering::Acquire).to_le_bytes();
         value[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let merged = u64::from_le_bytes(value);
         let mut view = View::new(ram, self.config.physical_bits);
-        view.pending = Some((word, u64::from_le_bytes(value)));
+        view.pending = Some((word, merged));
         for place in places {
             self.store_at(state, &mut view, &place, word, page);
         }
-        match view.pending {
-            Some((_, value)) if bytes.len() == 8 => memory.store(value, Ordering::Release),
-            _ => ram.write(word + offset as u64, bytes)?,
+        let value = view.pending.map_or(merged, |(_, value)| value);
+        if bytes.len() == 8 {
+            memory.store(value, Ordering::Release);
+        } else {
+            // The other bytes may be somebody else's, who stores past the tracker.
+            ram.write(word + offset as u64, bytes)?;
+            let (order, failed) = (Ordering::AcqRel, Ordering::Relaxed);
+            let _ = memory.compare_exchange(merged, value, order, failed);
         }
         if state.pages.is_idle(page) {
             state.pages.untrack_idle();

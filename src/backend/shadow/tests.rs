@@ -522,6 +522,32 @@ fn what_is_mapped_counts_as_used() {
 }
 
 #[test]
+fn what_a_part_of_an_entry_maps_counts_as_used() {
+    let bed = Bed::new(config());
+    let space = FakeSpace::new(None);
+    let unused = !(entry::ACCESSED | entry::DIRTY);
+    mapped(&bed);
+    let _domain = bed.follow(0x1000, &space).unwrap();
+    let low = |value: u64| (value as u32).to_le_bytes();
+    bed.store(0x4000 + 5 * 8, &low(0x9000 | PAGE & unused));
+    bed.store(
+        0x4000 + 6 * 8,
+        &low(0xa000 | PAGE & unused & !entry::WRITABLE),
+    );
+    bed.set(0x5000, 0, 0xb000 | PAGE & unused);
+    bed.store(0x3000 + 4 * 8, &low(0x5000 | LINK & unused));
+    // A reserved bit goes; those that are set are in another byte.
+    bed.set(0x4000, 7, 1 << 50 | 0xc000 | PAGE & unused);
+    bed.store(0x4000 + 7 * 8 + 6, &[0]);
+    assert_eq!(space.find(IOVA + 0x3000), Some((0xc000, true)));
+    let read_only = PAGE & !entry::DIRTY & !entry::WRITABLE;
+    let got = [5, 6, 7].map(|index| bed.get(0x4000, index));
+    assert_eq!(got, [0x9000 | PAGE, 0xa000 | read_only, 0xc000 | PAGE]);
+    assert_eq!(bed.get(0x3000, 4), 0x5000 | LINK);
+    assert_eq!(bed.get(0x5000, 0), 0xb000 | PAGE);
+}
+
+#[test]
 fn holes_of_ram_and_the_interrupt_range_stay_unmapped() {
     let bed = Bed::new(config());
     let space = FakeSpace::new(None);
