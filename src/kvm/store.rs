@@ -171,11 +171,17 @@ pub enum StepError {
 ///
 /// A thread lives for the time of the step, and guest debugging of the vCPU is off afterwards.
 ///
-/// True if the vCPU is at another instruction now. One that is not may do with more time.
+/// With more pages tracked than [`ShadowConfig::max_stepped_pages`] nothing is executed: pages are let go of
+/// so that the vCPU can go on by itself ([`Shadow::with_pages_writable`]).
+///
+/// True if the vCPU is at another instruction now, or has fewer pages in its way. One for which it is false
+/// may do with more time.
 ///
 /// # Errors
 ///
 /// [`StepError`].
+///
+/// [`ShadowConfig::max_stepped_pages`]: crate::backend::shadow::ShadowConfig::max_stepped_pages
 pub fn step_over(
     vcpu: &mut VcpuFd,
     number: usize,
@@ -188,7 +194,11 @@ pub fn step_over(
         ram.with_kick_after(number, time, || step(vcpu))
             .map_err(StepError::Watch)?
     };
-    shadow.with_pages_writable(|| ram.with_pages_writable(&mut step))??;
+    let stepped = shadow.with_pages_writable(|| ram.with_pages_writable(&mut step));
+    match stepped {
+        Ok(stepped) => stepped??,
+        Err(let_go) => return Ok(let_go.writable),
+    }
     Ok(vcpu.get_regs()?.rip != before)
 }
 

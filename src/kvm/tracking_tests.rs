@@ -440,6 +440,45 @@ fn what_kvm_cannot_emulate_is_stepped_over_and_seen() {
     assert_eq!(bed.get(shared(7).0), leaf(2));
 }
 
+/// A step would take all pages out of KVM's slots and put them back, with all vCPUs held.
+#[test]
+fn with_many_pages_tracked_nothing_is_stepped_over_and_the_guest_goes_on() {
+    let mut code = Code::default();
+    // Any store: some KVMs emulate all.
+    code.store(shared(5).0, leaf(0));
+    code.end();
+    let name = "with_many_pages_tracked_nothing_is_stepped_over_and_the_guest_goes_on";
+    let Some(mut bed) = Bed::new(name, vec![code]) else {
+        return;
+    };
+    let link = |index: u64, value: u64| {
+        let stored = bed.shadow.store(LEVEL_2 + index * 8, &value.to_le_bytes());
+        stored.unwrap();
+    };
+    let table = |index: u64| OWN + index * 0x2000;
+    let max = ShadowConfig::default().max_stepped_pages as u64;
+    for index in 1..=max {
+        link(index, table(index) | LINK);
+    }
+    link(max, 0);
+    let mut vcpu = bed.vcpus.remove(0);
+    let start = Instant::now();
+    let mut step = || {
+        let time = Duration::from_secs(5);
+        step_over(&mut vcpu, 0, &bed.shadow, &bed.ram, time).unwrap()
+    };
+    assert!(step());
+    assert!(!bed.shadow.is_tracked(table(max)));
+    assert!(bed.shadow.is_tracked(SHARED) && !bed.domain.is_blocked());
+    assert!(step());
+    assert!(bed.domain.is_blocked());
+    assert_eq!(bed.shadow.counters().tracked_pages, 0);
+    assert_eq!(bed.shadow.counters().blocked, 1);
+    println!("{:?}", start.elapsed());
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::IoOut(0x11, _))));
+    assert_eq!(bed.get(shared(5).0), leaf(0));
+}
+
 /// True where `store_xmm` needs a step; says so where it does not.
 fn needs_step(test: &str) -> bool {
     let mut probe = Code::default();

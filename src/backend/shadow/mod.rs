@@ -65,6 +65,9 @@ pub struct ShadowConfig {
     /// little of its RAM twice in a domain: buffers that several devices use, and what it has unmapped
     /// and not flushed yet.
     pub max_bytes: Option<u64>,
+    /// Tracked pages up to which [`Shadow::with_pages_writable`] makes all of them writable for one
+    /// instruction. All vCPUs wait for it, and what it costs grows with the pages.
+    pub max_stepped_pages: usize,
 }
 
 impl Default for ShadowConfig {
@@ -76,6 +79,7 @@ impl Default for ShadowConfig {
             max_places: 512,
             max_mappings: 65535,
             max_bytes: None,
+            max_stepped_pages: 64,
         }
     }
 }
@@ -131,12 +135,23 @@ enum Trouble {
     Mappings { max: usize },
     #[error("the domain maps more than {max} bytes")]
     Bytes { max: u64 },
+    #[error(
+        "one of more than {max} pages of page tables is stored to in a way that KVM cannot emulate"
+    )]
+    Step { max: usize },
     #[error("the guest's stack is in its page table at {gpa:#x}")]
     Stack { gpa: u64 },
     #[error("stores to page tables cannot be seen: {0}")]
     Tracking(#[source] io::Error),
     #[error("the host's address space does not take it: {0}")]
     Space(#[source] SpaceError),
+}
+
+/// Pages were let go of for good, instead of being made writable for one instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LetGo {
+    /// False if the tracker failed: they are as before.
+    pub writable: bool,
 }
 
 /// Makes address spaces follow the guest's page tables by watching these.
@@ -227,14 +242,43 @@ impl Shadow {
 
     /// Calls `f`, which lets one vCPU store to tracked pages while no other runs, then follows all
     /// tables anew. For stores that KVM cannot report.
-    pub fn with_pages_writable<T>(&self, f: impl FnOnce() -> T) -> T {
+    ///
+    /// # Errors
+    ///
+    /// [`LetGo`] if more than [`max_stepped_pages`](ShadowConfig::max_stepped_pages) pages are tracked: `f`
+    /// is not called, and the vCPU may try again by itself. Pages that are tables no more have been let
+    /// go of: guests use these for anything. If there were none, it is a table that the vCPU stores to, as
+    /// only a guest that attacks does: all domains have been blocked, until they are attached or
+    /// configured anew, and their pages let go of.
+    pub fn with_pages_writable<T>(&self, f: impl FnOnce() -> T) -> Result<T, LetGo> {
         let mut state = self.lock();
+        if state.pages.tracked() > self.config.max_stepped_pages {
+            return Err(self.let_go(&mut state));
+        }
         let result = f();
         let ids: Vec<u64> = state.domains.keys().copied().collect();
         for id in ids {
             self.reconcile(&mut state, id, None);
         }
-        result
+        Ok(result)
+    }
+
+    /// Lets go of pages that are tables no more; if there are none, of all, whose domains are blocked.
+    fn let_go(&self, state: &mut State) -> LetGo {
+        let State { domains, pages, .. } = state;
+        if pages.idle() == 0 {
+            let max = self.config.max_stepped_pages;
+            let ram = self.ram.pin();
+            let mut view = View::new(&ram, self.config.physical_bits);
+            for (id, domain) in domains.iter_mut().filter(|(_, domain)| !domain.blocked) {
+                let mut follower = self.follower(*id, domain, pages, &mut view);
+                follower.block(&Trouble::Step { max });
+            }
+        }
+        pages.untrack_idle();
+        LetGo {
+            writable: pages.idle() == 0,
+        }
     }
 
     /// Makes a page writable for good that is tracked and to which a vCPU makes a store that KVM neither

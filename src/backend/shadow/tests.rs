@@ -588,12 +588,13 @@ fn a_store_that_kvm_cannot_report_is_followed_afterwards() {
     let _domains = spaces
         .each_ref()
         .map(|space| bed.follow(0x1000, space).unwrap());
-    bed.shadow.with_pages_writable(|| {
+    let done = bed.shadow.with_pages_writable(|| {
         let entries = [0x9000 | PAGE, 0xa000 | PAGE].map(u64::to_le_bytes);
         bed.ram
             .write(0x4000 + 4 * 8, entries.as_flattened())
             .unwrap();
     });
+    assert_eq!(done, Ok(()));
     for space in &spaces {
         assert_eq!(space.find(IOVA), Some((0x9000, true)));
         assert_eq!(space.find(IOVA + 0x1000), Some((0xa000, true)));

@@ -274,3 +274,46 @@ fn bytes_that_are_unmapped_can_be_mapped_again() {
     assert!(space.ranges().is_empty());
     assert_eq!(space.most_bytes(), 4 * GIB);
 }
+
+#[test]
+fn a_store_that_kvm_cannot_report_costs_the_domains_if_too_many_pages_are_tracked() {
+    let bed = Bed::new(ShadowConfig {
+        max_stepped_pages: 5,
+        ..config()
+    });
+    let spaces = [(); 2].map(|()| FakeSpace::new(None));
+    mapped(&bed);
+    let domain = bed.follow(0x1000, &spaces[0]).unwrap();
+    let _other = bed.follow(0x9000, &spaces[1]).unwrap();
+    // At the limit, with each page written past the tracker.
+    let link = (0x5000 | LINK).to_le_bytes();
+    let done = bed
+        .shadow
+        .with_pages_writable(|| bed.ram.write(0x3000 + 4 * 8, &link));
+    assert!(matches!(done, Ok(Ok(()))));
+    assert_eq!(bed.shadow.counters().tracked_pages, 6);
+    // A page that is a table no more may be what the guest wants, so it goes first.
+    bed.set(0x3000, 4, 0);
+    assert!(bed.is_tracked(0x5000));
+    bed.set(0x3000, 5, 0x6000 | LINK);
+    bed.set(0x3000, 6, 0x7000 | LINK);
+    let never = || unreachable!("too many pages");
+    let let_go = |writable| Err::<(), _>(LetGo { writable });
+    bed.set(0x3000, 6, 0);
+    assert!(bed.is_tracked(0x7000));
+    *bed.tracker.broken.lock().unwrap() = true;
+    assert_eq!(bed.shadow.with_pages_writable(never), let_go(false));
+    *bed.tracker.broken.lock().unwrap() = false;
+    assert_eq!(bed.shadow.with_pages_writable(never), let_go(true));
+    assert!(!bed.is_tracked(0x7000) && bed.is_tracked(0x6000));
+    assert_eq!(bed.shadow.counters().blocked, 0);
+    assert_eq!(spaces[0].find(IOVA), Some((0x8000, true)));
+    assert_eq!(bed.shadow.with_pages_writable(never), let_go(true));
+    assert!(bed.tracker.tracked.lock().unwrap().is_empty());
+    assert_eq!(bed.shadow.counters().blocked, 2);
+    assert!(spaces[0].ranges().is_empty());
+    domain.flush_all();
+    assert!(spaces[0].ranges().is_empty() && domain.is_blocked());
+    // There is nothing in the way any more.
+    assert_eq!(bed.shadow.with_pages_writable(|| 7), Ok(7));
+}
