@@ -127,6 +127,7 @@ impl PvIommu {
     pub fn restore(&self, state: &IommuState) -> Result<(), IommuStateError> {
         let mut directory = self.write();
         self.check(&directory, state)?;
+        let former = self.attachments(&directory);
         directory.clear_domains();
         for saved in &state.domains {
             if let Ok(slot) = directory.create(saved.number)
@@ -147,9 +148,7 @@ impl PvIommu {
                 device.held = saved.held;
             }
         }
-        for (_, _, device) in directory.devices.iter() {
-            self.settle(&directory, device);
-        }
+        self.settle_all(&directory, &former);
         Ok(())
     }
 

@@ -348,12 +348,33 @@ impl PvIommu {
 
     fn start_anew(&self, hold: bool) {
         let mut directory = self.write();
+        let former = self.attachments(&directory);
         directory.clear_domains();
         for device in directory.devices.values_mut() {
             device.held = hold && device.mode != IommuMode::Off || device.removing;
         }
+        self.settle_all(&directory, &former);
+    }
+
+    /// Where each device is, in the order of the directory.
+    pub(super) fn attachments(&self, directory: &Directory) -> Vec<Attachment> {
+        let devices = directory.devices.iter();
+        let attachment =
+            |(_, slot, device)| directory.attachment(device, directory.domain_of(slot));
+        devices.map(attachment).collect()
+    }
+
+    /// Settles all devices, which were at `former`. Those that move are blocked before the first of
+    /// them goes anywhere: devices of a group of the host go where the others are that are not blocked,
+    /// and a device that is still in its former domain would keep the first one out for good.
+    pub(super) fn settle_all(&self, directory: &Directory, former: &[Attachment]) {
+        for ((_, slot, device), former) in directory.devices.iter().zip(former) {
+            if directory.attachment(device, directory.domain_of(slot)) != *former {
+                self.block(device);
+            }
+        }
         for (_, _, device) in directory.devices.iter() {
-            self.settle(&directory, device);
+            self.settle(directory, device);
         }
     }
 
@@ -602,13 +623,17 @@ impl PvIommu {
     /// The same where nobody can be told of a failure: the device is blocked then.
     pub(super) fn settle(&self, directory: &Directory, device: &Device) {
         if self.attach_backend(directory, device).is_err() {
-            let blocked = Attachment {
-                translation: Translation::Blocked,
-                ..Attachment::DEFAULT
-            };
-            // A backend that cannot even do that tries again ahead of whatever it is told next.
-            let _ = self.tell(device, &blocked);
+            self.block(device);
         }
+    }
+
+    fn block(&self, device: &Device) {
+        let blocked = Attachment {
+            translation: Translation::Blocked,
+            ..Attachment::DEFAULT
+        };
+        // A backend that cannot even do that tries again ahead of whatever it is told next.
+        let _ = self.tell(device, &blocked);
     }
 
     fn tell(&self, device: &Device, to: &Attachment) -> Result<(), HvStatus> {

@@ -5,4 +5,5 @@ mod fake;
 mod files;
 mod moves;
 mod spaces;
+mod together;
 mod units;

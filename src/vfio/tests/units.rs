@@ -10,10 +10,10 @@ use crate::pviommu::{Attachment, FlushRange, Translation};
 use crate::vfio::moves::{AttachMover, Mover, SpaceMover};
 use crate::vfio::unit::{Unit, UnitError};
 
-const A: u32 = 1;
-const B: u32 = 2;
+pub(super) const A: u32 = 1;
+pub(super) const B: u32 = 2;
 
-fn unit(fake: &Fake, iommufd: bool) -> Unit<Box<dyn Mover>> {
+pub(super) fn unit(fake: &Fake, iommufd: bool) -> Unit<Box<dyn Mover>> {
     let paging = Arc::new(Paging(fake.clone()));
     let mover: Box<dyn Mover> = if iommufd {
         Box::new(AttachMover::new(fake.iommufd(), Some(paging)))
