@@ -415,7 +415,8 @@ impl Partition {
         match self.enter(&bus) {
             Ok(channel) => buses.push(Plugged { bus, channel }),
             Err(error) => {
-                self.forget(&bus);
+                // The guest never had it.
+                self.forget(&bus, || {});
                 return Err(error);
             }
         }
@@ -443,15 +444,25 @@ impl Partition {
         Ok(())
     }
 
-    /// Forgets the ids of a bus's functions.
-    fn forget(&self, bus: &Arc<Bus>) {
+    /// Forgets the ids of a bus's functions; `switch_off` takes them away from the guest.
+    fn forget(&self, bus: &Arc<Bus>, switch_off: impl FnOnce()) {
         self.registry.remove(bus);
         // What the bus does from now on must not reach those who get its ids.
         bus.leave_iommu();
-        if let Some(iommu) = &self.iommu {
-            for id in bus.ids() {
-                iommu.remove_device(id);
-            }
+        switch_off();
+        for (id, is_quiet) in bus.quiet_functions() {
+            self.leave_iommu(id, is_quiet);
+        }
+    }
+
+    /// The pvIOMMU forgets a function. In this order: reset, bus mastering off, registers out of the
+    /// guest's reach, and only then this; because one that is quiet may from now on be where the other
+    /// devices of its IOMMU group are, so that these are not blocked with it (docs/passthrough.md).
+    fn leave_iommu(&self, id: LogicalDeviceId, is_quiet: bool) {
+        match &self.iommu {
+            Some(iommu) if is_quiet => iommu.remove_quiet_device(id),
+            Some(iommu) => iommu.remove_device(id),
+            None => {}
         }
     }
 
@@ -508,10 +519,8 @@ impl Partition {
         self.registry.remove_function(bus, function);
         // What it does from now on must not reach who gets its id.
         bus.function_leaves_iommu(function);
-        if let Some(iommu) = &self.iommu {
-            iommu.remove_device(LogicalDeviceId::new(instance, function));
-        }
-        bus.remove_function(function)
+        let id = LogicalDeviceId::new(instance, function);
+        bus.take_function(function, |is_quiet| self.leave_iommu(id, is_quiet))
     }
 
     /// Takes a bus away at once, with all its functions (surprise removal). When this returns their
@@ -529,8 +538,7 @@ impl Partition {
             return false;
         };
         let Plugged { bus, channel } = buses.remove(index);
-        self.forget(&bus);
-        bus.remove();
+        self.forget(&bus, || bus.remove());
         self.vmbus.revoke(channel);
         // Or an open bus would keep its devices until VMBus' worker comes to it.
         self.vmbus.settle();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::iotlb::IotlbCounters;
-use super::translation::{Attachment, DmaFault, FlushRange};
+use super::translation::{Attachment, DmaFault, FlushRange, Translation};
 use crate::device_id::LogicalDeviceId;
 
 /// The host could not do what a domain asks for. Nothing has changed.
@@ -39,6 +39,21 @@ pub trait DeviceBackend: Send + Sync + Debug {
     /// [`BackendError`]; nothing has changed then.
     /// [`Translation::Blocked`](super::Translation::Blocked) is never refused.
     fn attach(&self, to: &Attachment) -> Result<(), BackendError>;
+
+    /// The function is removed. It was reset, cannot master the bus, and is out of the guest's reach, so
+    /// that it stays like that. Whoever has the device may plug it in anew: then it is attached again,
+    /// before a guest gets at it.
+    ///
+    /// Where the host cannot tell devices apart, a device that is blocked blocks others. Such a back end
+    /// may let this one be where they are, if it has made sure that the device does no DMA. The others
+    /// block it.
+    fn removed(&self) {
+        // Never refused; a back end that cannot do even that tries again.
+        let _ = self.attach(&Attachment {
+            translation: Translation::Blocked,
+            ..Attachment::DEFAULT
+        });
+    }
 
     /// Forgets translations of some ranges. A back end that cannot blocks the device instead.
     fn flush(&self, ranges: &[FlushRange]);

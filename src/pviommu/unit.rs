@@ -300,10 +300,26 @@ impl PvIommu {
         }
     }
 
-    /// Forgets a function: whoever has its id next starts from the default state.
+    /// Forgets a function, whose DMA is blocked: whoever has its id next starts from the default state.
+    ///
+    /// With it are blocked those that the host's IOMMU cannot tell from it, as long as its back end lives:
+    /// see [`PvIommu::remove_quiet_device`].
     pub fn remove_device(&self, id: LogicalDeviceId) {
         self.begin_removal(id);
         self.write().remove(id);
+    }
+
+    /// The same for a function that was reset, cannot master the bus, and is out of the guest's reach, so
+    /// that it stays like that until its device is plugged in anew: what the host's IOMMU cannot tell
+    /// from it goes on undisturbed ([`DeviceBackend::removed`]).
+    pub fn remove_quiet_device(&self, id: LogicalDeviceId) {
+        let mut directory = self.write();
+        let slot = directory.devices.find(id);
+        let device = slot.and_then(|slot| directory.devices.get(slot));
+        if let Some(backend) = device.and_then(|device| device.backend.as_ref()) {
+            backend.removed();
+        }
+        directory.remove(id);
     }
 
     /// The bus of a function has been brought to D0: whatever the former guest had it do is over.

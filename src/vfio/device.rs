@@ -30,6 +30,11 @@ pub const ERROR_IRQ: u32 = vfio::VFIO_PCI_ERR_IRQ_INDEX;
 /// The request interrupt: the host wants the device back.
 pub const REQUEST_IRQ: u32 = vfio::VFIO_PCI_REQ_IRQ_INDEX;
 
+/// The command register of the configuration space.
+pub(super) const COMMAND: u64 = 4;
+/// It may do DMA and raise messages.
+pub(super) const COMMAND_MASTER: u16 = 1 << 2;
+
 /// Interrupts that share an index.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct IrqInfo {
@@ -147,6 +152,14 @@ impl VfioDevice {
     pub fn region_write(&self, index: usize, offset: u64, buf: &[u8]) -> io::Result<()> {
         let place = self.place(index, offset, buf.len() as u64)?;
         self.file.write_all_at(buf, place)
+    }
+
+    /// True if it can do DMA or raise messages as far as its command register goes, or if that cannot be
+    /// read.
+    pub(super) fn may_master(&self) -> bool {
+        let mut bytes = [0; 2];
+        let read = self.region_read(CONFIG_REGION, COMMAND, &mut bytes);
+        masters(read.map(|()| u16::from_le_bytes(bytes)))
     }
 
     /// Maps a part of a region, which must lie in one of its [mappable](Region::mappable) parts.
@@ -269,6 +282,11 @@ impl AsFd for VfioDevice {
     }
 }
 
+/// A device that is gone reads all ones: it counts as one that masters the bus.
+fn masters(command: io::Result<u16>) -> bool {
+    command.map_or(true, |command| command & COMMAND_MASTER != 0)
+}
+
 fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
@@ -285,4 +303,17 @@ fn read_region(file: BorrowedFd<'_>, index: u32) -> io::Result<Region> {
             "the kernel's description of region {index} is cut off"
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_device_that_says_so_does_not_master_the_bus() {
+        assert!(!masters(Ok(0x0402)));
+        assert!(masters(Ok(0x0406)));
+        assert!(masters(Ok(0xffff)), "it is gone");
+        assert!(masters(Err(invalid())));
+    }
 }

@@ -11,7 +11,9 @@ use super::group::{AnyUnit, Group};
 use super::host::VfioHost;
 use super::nested::CannotNest;
 use super::unit::{Unit, UnitError};
-use crate::pviommu::{Attachment, BackendError, BackendReport, DeviceBackend, FlushRange};
+use crate::pviommu::{
+    Attachment, BackendError, BackendReport, DeviceBackend, FlushRange, Translation,
+};
 
 /// Makes a device of the host obey a domain, until it is dropped; then its DMA is blocked.
 ///
@@ -147,6 +149,26 @@ impl DeviceBackend for VfioDma {
                 .attach(self.device.member(), to)
                 .map_err(|error| BackendError(Box::new(error))),
             None => Ok(()),
+        }
+    }
+
+    fn removed(&self) {
+        let device = &self.device;
+        // By type1 what the others of the group reach stays in reach of this one. So that it was reset
+        // and is out of the guest's reach is not enough: the host may have refused both.
+        if device.may_master() {
+            log::warn!(
+                "{} may still do DMA: it is blocked until it is let go of, and its group with it",
+                device.address()
+            );
+            let blocked = Attachment {
+                translation: Translation::Blocked,
+                ..Attachment::DEFAULT
+            };
+            // Never refused; what failed is tried again ahead of whatever comes next.
+            let _ = self.attach(&blocked);
+        } else if let Some(any) = &mut *device.group_handle().unit() {
+            any.unit.put_out(device.member());
         }
     }
 

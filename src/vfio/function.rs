@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::config::{self, ConfigError};
-use super::device::{CONFIG_REGION, MSI_IRQ, MSIX_IRQ, VfioDevice};
+use super::device::{COMMAND, COMMAND_MASTER, CONFIG_REGION, MSI_IRQ, MSIX_IRQ, VfioDevice};
 use super::vectors::{Counts, Vectors};
 use crate::mem::PAGE_SIZE;
 use crate::pviommu::DeviceBackend;
@@ -15,10 +15,8 @@ use crate::vpci::function::{
     BAR_COUNT, BarArea, FunctionLayout, FunctionResources, HostVectors, PciFunction,
 };
 
-/// The command register of the configuration space.
-const COMMAND: u64 = 4;
+/// Bits of the command register.
 const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_MASTER: u16 = 1 << 2;
 const COMMAND_NO_INTX: u16 = 1 << 10;
 
 /// Why a host device is no function.

@@ -7,6 +7,7 @@
 //! - As long as one of them is blocked, all are: what a device of a group reaches, each of its group
 //!   does.
 //! - A domain that is configured anew takes all its functions along with the first.
+//! - A device that was put out cannot do DMA, and nobody heeds it.
 #![forbid(unsafe_code)]
 
 use super::error::VfioError;
@@ -21,6 +22,8 @@ struct Member {
     address: String,
     /// Where the guest wants it.
     wanted: Attachment,
+    /// Its function was removed: it is blocked, and the others are not for its sake.
+    out: bool,
 }
 
 /// The devices of a group that the VM has.
@@ -71,6 +74,7 @@ impl<M: Mover> Unit<M> {
                 translation: Translation::Blocked,
                 ..Attachment::DEFAULT
             },
+            out: false,
         });
         let joined = self.enter(id, address);
         if joined.is_err() {
@@ -92,14 +96,60 @@ impl<M: Mover> Unit<M> {
     /// A device leaves. The last one leaves a unit that is blocked. If it alone was blocked, the others
     /// need not be any more.
     pub(super) fn leave(&mut self, id: u32) {
-        self.members.retain(|member| member.id != id);
-        if self.members.is_empty() {
+        let at = self.members.iter().position(|member| member.id == id);
+        match at.map(|at| self.members.remove(at)) {
+            // The mover has let go of it already.
+            Some(member) if member.out => self.settle(),
+            _ => self.depart(id),
+        }
+    }
+
+    /// The others go on as if a device had left, until it is attached again.
+    ///
+    /// It must be unable to do DMA, and nobody may be able to change that before it is attached again:
+    /// what the others reach is in its reach too where the interface has one address space for the
+    /// group.
+    pub(super) fn put_out(&mut self, id: u32) {
+        let member = self.members.iter_mut().find(|member| member.id == id);
+        if let Some(member) = member.filter(|member| !member.out) {
+            member.out = true;
+            member.wanted.translation = Translation::Blocked;
+            self.depart(id);
+        }
+    }
+
+    /// The mover lets go of a device that is not one of those that count any more.
+    fn depart(&mut self, id: u32) {
+        if self.members.iter().all(|member| member.out) {
             self.settle();
             self.mover.leave(id);
         } else {
             self.mover.leave(id);
             self.settle();
         }
+    }
+
+    /// The device `at` that was put out counts again, and goes to `to`.
+    fn come_back(&mut self, at: usize, to: &Attachment) -> Result<(), UnitError> {
+        let Member { id, address, .. } = &self.members[at];
+        let (id, address) = (*id, address.clone());
+        let refused = |error| UnitError::Refused { address, error };
+        if to.translation == Translation::Blocked {
+            self.members[at].out = false;
+            // Before it is among the others, who are where it must not be.
+            let moved = self.go();
+            let joined = self.mover.join(id);
+            return moved.and(joined).map_err(refused);
+        }
+        // Before it is where the others are.
+        self.check_others(id, to)?;
+        self.mover.join(id).map_err(refused)?;
+        self.members[at].out = false;
+        let attached = self.attach(id, to);
+        if attached.is_err() {
+            self.put_out(id);
+        }
+        attached
     }
 
     fn settle(&mut self) {
@@ -129,6 +179,9 @@ impl<M: Mover> Unit<M> {
         let Some(at) = self.members.iter().position(|member| member.id == id) else {
             return Ok(());
         };
+        if self.members[at].out {
+            return self.come_back(at, to);
+        }
         if self.astray {
             self.settle();
         }
@@ -159,9 +212,10 @@ impl<M: Mover> Unit<M> {
         })
     }
 
-    /// What all devices can have: blocked if one of them is.
+    /// What all devices that count can have: blocked if one of them is.
     fn common(&self) -> Translation {
-        let mut wanted = self.members.iter().map(|member| member.wanted.translation);
+        let counting = self.members.iter().filter(|member| !member.out);
+        let mut wanted = counting.map(|member| member.wanted.translation);
         let first = wanted.next().unwrap_or(Translation::Blocked);
         match wanted.all(|other| other == first) {
             true => first,

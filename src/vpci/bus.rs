@@ -286,6 +286,12 @@ impl Bus {
         }
     }
 
+    /// The functions by id, and whether each is quiet ([`FunctionSlot::is_quiet`]).
+    pub(crate) fn quiet_functions(&self) -> impl Iterator<Item = (LogicalDeviceId, bool)> {
+        let slots = self.core.functions();
+        slots.map(|slot| (self.id(slot.number), slot.is_quiet()))
+    }
+
     fn id(&self, number: u8) -> LogicalDeviceId {
         LogicalDeviceId::new(&self.config.instance, number)
     }
@@ -418,11 +424,23 @@ impl Bus {
     ///
     /// [`EjectError::NoSuchFunction`], [`EjectError::Function0`]; nothing has changed.
     pub fn remove_function(&self, number: u8) -> Result<Arc<dyn PciFunction>, EjectError> {
+        self.take_function(number, |_| {})
+    }
+
+    /// As [`Bus::remove_function`]. `gone` runs when the function is switched off for good, and before
+    /// the guest is told: with whether it is quiet ([`FunctionSlot::is_quiet`]).
+    pub(crate) fn take_function(
+        &self,
+        number: u8,
+        gone: impl FnOnce(bool),
+    ) -> Result<Arc<dyn PciFunction>, EjectError> {
         let mut channel = lock(&self.channel);
         let slot = self.removable(number)?;
-        // In this order: whoever has found it before finds it switched off.
+        // In this order: whoever has found it before finds it switched off. Only the bus's worker can
+        // switch it on, which needs the channel's lock and finds it no more.
         slot.reset(false);
         self.core.functions.take(number);
+        gone(slot.is_quiet());
         let mut left = self.core.functions();
         if let (Some(last), None) = (left.next(), left.next()) {
             last.set_alone();

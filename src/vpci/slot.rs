@@ -94,6 +94,8 @@ pub(crate) struct FunctionSlot {
     refused_bars: AtomicU64,
     /// Pieces of BARs that the VMM could not map into the guest.
     refused_areas: AtomicU64,
+    /// A piece of a BAR could not be taken out of the guest's reach.
+    in_reach: AtomicBool,
     /// Absent for a function that is not behind a pvIOMMU.
     link: Option<IommuLink>,
     /// The pvIOMMU knows this function by its id.
@@ -151,6 +153,7 @@ impl FunctionSlot {
             dirty: AtomicBool::new(false),
             refused_bars: AtomicU64::new(0),
             refused_areas: AtomicU64::new(0),
+            in_reach: AtomicBool::new(false),
             link,
             linked: AtomicBool::new(true),
         }))
@@ -218,6 +221,11 @@ impl FunctionSlot {
     /// The pvIOMMU hears nothing of this function from now on.
     pub(crate) fn leave_iommu(&self) {
         self.linked.store(false, Ordering::Release);
+    }
+
+    /// True if the function was reset since the guest had it, and the guest has nothing of it left.
+    pub(crate) fn is_quiet(&self) -> bool {
+        !self.dirty.load(Ordering::Acquire) && !self.in_reach.load(Ordering::Acquire)
     }
 
     /// Lets the guest at the function, or takes it away without a reset.
@@ -436,6 +444,7 @@ impl FunctionSlot {
         for gpa in placement.areas.drain(..) {
             if let Err(error) = mapper.unmap(gpa) {
                 log::error!("BAR memory at {gpa:#x} stays mapped: {error}");
+                self.in_reach.store(true, Ordering::Release);
             }
         }
     }

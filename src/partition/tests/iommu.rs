@@ -60,7 +60,7 @@ impl Guest {
         self.read::<4>(LOW_BAR + 0x38)
     }
 
-    fn connect(&mut self) {
+    pub(super) fn connect(&mut self) {
         self.boot();
         assert!(self.contact(0x6_0000));
         self.probe(0x1_0004);

@@ -2,6 +2,10 @@
 #![forbid(unsafe_code)]
 
 use super::*;
+use crate::pviommu::{
+    Attachment, BackendError, BackendReport, DeviceBackend, FlushRange, Translation,
+};
+use crate::vpci::function::{FunctionLayout, FunctionResources, PciFunction};
 
 /// A bus with `device` as its functions `numbers`.
 fn plug(
@@ -139,4 +143,106 @@ fn a_function_that_leaves_is_known_to_nobody_and_its_device_comes_back() {
     assert_eq!(retarget(2), 5, "no such message");
     assert!(guest.partition.remove(&INSTANCE));
     assert!(known().is_empty());
+}
+
+/// A device that keeps what the bus and the pvIOMMU do with it.
+#[derive(Debug)]
+struct Watched {
+    device: Arc<TestDevice>,
+    log: Arc<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log(Mutex<Vec<&'static str>>);
+
+impl Log {
+    fn push(&self, what: &'static str) {
+        self.0.lock().unwrap().push(what);
+    }
+}
+
+impl PciFunction for Watched {
+    fn layout(&self) -> FunctionLayout {
+        self.device.layout()
+    }
+
+    fn connect(&self, resources: FunctionResources) {
+        self.device.connect(resources);
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        self.device.bar_read(bar, offset, data);
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        self.device.bar_write(bar, offset, data);
+    }
+
+    fn dma_backend(&self) -> Option<Arc<dyn DeviceBackend>> {
+        Some(self.log.clone())
+    }
+
+    fn set_bus_master(&self, on: bool) {
+        self.log.push(if on { "master" } else { "no master" });
+    }
+
+    fn reset(&self) {
+        self.device.reset();
+        self.log.push("reset");
+    }
+}
+
+impl DeviceBackend for Log {
+    fn attach(&self, to: &Attachment) -> Result<(), BackendError> {
+        self.push(match to.translation {
+            Translation::Blocked => "blocked",
+            _ => "attached",
+        });
+        Ok(())
+    }
+
+    fn removed(&self) {
+        self.push("removed");
+    }
+
+    fn flush(&self, _ranges: &[FlushRange]) {}
+
+    fn flush_all(&self) {}
+
+    fn report(&self) -> BackendReport {
+        BackendReport::default()
+    }
+}
+
+#[test]
+fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
+    let plugged = |functions: usize| {
+        let guest = Guest::with_iommu(ram(256), IommuConfig::default());
+        assert!(guest.partition.remove(&INSTANCE));
+        let logs: Vec<_> = (0..functions).map(|_| Arc::<Log>::default()).collect();
+        let functions = (0..).zip(&logs).map(|(number, log)| {
+            let watched = Watched {
+                device: TestDevice::new(9, &*guest.host).unwrap(),
+                log: log.clone(),
+            };
+            FunctionSpec::new(number, Arc::new(watched)).with_iommu(IommuMode::On)
+        });
+        let spec = BusSpec {
+            instance: INSTANCE,
+            functions: functions.collect(),
+        };
+        guest.partition.plug(spec).unwrap();
+        (guest, logs)
+    };
+    let of = |log: &Log| log.0.lock().unwrap().clone();
+    let (mut guest, logs) = plugged(1);
+    guest.connect();
+    assert!(guest.partition.remove(&INSTANCE));
+    let life = ["attached", "master", "no master", "reset", "removed"];
+    assert_eq!(of(&logs[0]), life);
+    // The guest never had these.
+    let (guest, logs) = plugged(2);
+    guest.partition.remove_function(&INSTANCE, 1).unwrap();
+    assert_eq!(of(&logs[1]), ["attached", "removed"]);
+    assert_eq!(of(&logs[0]), ["attached"]);
 }
