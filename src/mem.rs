@@ -41,6 +41,14 @@ pub enum MemError {
         /// Length of the range in bytes.
         len: u64,
     },
+    /// Part of the range is RAM that the VMM has mapped for reading only, and it was to be written.
+    #[error("guest range {gpa:#x}+{len:#x} is read-only")]
+    ReadOnly {
+        /// First guest physical address of the range.
+        gpa: u64,
+        /// Length of the range in bytes.
+        len: u64,
+    },
     /// An atomic access is not aligned to its own size.
     #[error("atomic guest access at {gpa:#x} is not aligned to {align} bytes")]
     Misaligned {
@@ -52,6 +60,9 @@ pub enum MemError {
 }
 
 /// Guest RAM by guest physical address.
+///
+/// A region that the VMM has mapped without `PROT_WRITE`, such as one of firmware, is read like any other
+/// and never written: whatever would write there fails as if no RAM were there.
 ///
 /// Cheap to clone; clones share the same memory map. The embedding VMM may replace the map
 /// (memory hot-plug). Whoever works on RAM takes a snapshot of the map, for one hypercall, one ring
@@ -116,7 +127,12 @@ impl GuestRam {
     /// True if every byte of `gpa..gpa + len` is RAM. An empty range is RAM where its first byte
     /// would be.
     pub fn is_ram(&self, gpa: u64, len: u64) -> bool {
-        self.view().check(gpa, len).is_ok()
+        self.view().check(gpa, len, false).is_ok()
+    }
+
+    /// True if every byte of `gpa..gpa + len` is RAM, and none of it is mapped for reading only.
+    pub fn is_writable(&self, gpa: u64, len: u64) -> bool {
+        self.view().check(gpa, len, true).is_ok()
     }
 
     /// True if any byte of `gpa..gpa + len` is RAM. A range that wraps around counts as RAM, so
@@ -141,7 +157,8 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemError::NotRam`] if part of the range is not RAM; guest memory is unchanged then.
+    /// [`MemError::NotRam`] if part of the range is not RAM, [`MemError::ReadOnly`] if part of it may
+    /// only be read; guest memory is unchanged then.
     pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
         self.view().write(gpa, buf)
     }
@@ -166,7 +183,7 @@ impl GuestRam {
         const CHUNK: u64 = 512;
         let chunk = [byte; CHUNK as usize];
         let view = self.view();
-        view.check(gpa, len)?;
+        view.check(gpa, len, true)?;
         let mut done = 0;
         while done < len {
             let count = CHUNK.min(len - done);
@@ -189,9 +206,9 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemError`] if the word is not aligned or not RAM.
+    /// [`MemError`] if the word is not aligned, not RAM, or read-only.
     pub fn store_u32(&self, gpa: u64, value: u32, order: Ordering) -> Result<(), MemError> {
-        self.view().u32(gpa)?.store(value, order);
+        self.view().u32(gpa)?.writable()?.store(value, order);
         Ok(())
     }
 
@@ -199,9 +216,9 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemError`] if the word is not aligned or not RAM.
+    /// [`MemError`] if the word is not aligned, not RAM, or read-only.
     pub fn fetch_or_u32(&self, gpa: u64, bits: u32, order: Ordering) -> Result<u32, MemError> {
-        Ok(self.view().u32(gpa)?.fetch_or(bits, order))
+        Ok(self.view().u32(gpa)?.writable()?.fetch_or(bits, order))
     }
 
     /// Loads a 64-bit word.
@@ -217,9 +234,9 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemError`] if the word is not aligned or not RAM.
+    /// [`MemError`] if the word is not aligned, not RAM, or read-only.
     pub fn store_u64(&self, gpa: u64, value: u64, order: Ordering) -> Result<(), MemError> {
-        self.view().u64(gpa)?.store(value, order);
+        self.view().u64(gpa)?.writable()?.store(value, order);
         Ok(())
     }
 
@@ -228,7 +245,7 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemError`] if the word is not aligned or not RAM.
+    /// [`MemError`] if the word is not aligned, not RAM, or read-only.
     pub fn compare_exchange_u64(
         &self,
         gpa: u64,
@@ -237,7 +254,7 @@ impl GuestRam {
     ) -> Result<Result<u64, u64>, MemError> {
         let (order, failed) = (Ordering::AcqRel, Ordering::Acquire);
         let view = self.view();
-        let word = view.u64(gpa)?;
+        let word = view.u64(gpa)?.writable()?;
         Ok(word.compare_exchange(current, new, order, failed))
     }
 }
@@ -276,6 +293,34 @@ impl Deref for PinnedRam {
     #[inline]
     fn deref(&self) -> &Snapshot {
         &self.snapshot
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::fs::File;
+    use std::io::Write;
+
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+
+    use super::*;
+
+    /// RAM of `len` bytes from 0 on, and behind it a region with `rom` in it that is mapped for reading
+    /// only.
+    pub(crate) fn with_rom(len: u64, rom: &[u8]) -> RamMap {
+        let ram = MmapRegion::new(len as usize).expect("test RAM");
+        let mut file: File = tempfile::tempfile().expect("a file for the ROM");
+        file.write_all(rom).expect("a file for the ROM");
+        let rom = MmapRegionBuilder::new(rom.len())
+            .with_file_offset(FileOffset::new(file, 0))
+            .with_mmap_prot(libc::PROT_READ)
+            .with_mmap_flags(libc::MAP_PRIVATE)
+            .build()
+            .expect("test ROM");
+        let regions = [(ram, 0), (rom, len)]
+            .map(|(mapping, at)| GuestRegionMmap::new(mapping, GuestAddress(at)).expect("no wrap"));
+        RamMap::from_regions(regions.into()).expect("regions apart")
     }
 }
 
@@ -400,5 +445,30 @@ mod tests {
             "another region"
         );
         assert!(span.slice(0, 0x1000).is_some() && span.slice(0, 0x1001).is_none());
+    }
+
+    #[test]
+    fn a_read_only_region_is_read_and_never_written() {
+        let ram = GuestRam::new(&testing::with_rom(0x1000, &[7; 0x1000]));
+        let read_only = |gpa, len| Err(MemError::ReadOnly { gpa, len });
+        assert!(ram.is_ram(0, 0x2000) && ram.is_writable(0, 0x1000));
+        assert!(!ram.is_writable(0xfff, 2) && !ram.is_writable(0x1800, 1));
+        assert_eq!(ram.write(0x1010, &[1; 4]), read_only(0x1010, 4));
+        // Not even the part that may be.
+        assert_eq!(ram.write(0xffe, &[1; 4]), read_only(0xffe, 4));
+        assert_eq!(ram.fill(0xffe, 4, 1), read_only(0xffe, 4));
+        let mut back = [0; 4];
+        ram.read(0xffe, &mut back).unwrap();
+        assert_eq!(back, [0, 0, 7, 7]);
+        let order = Ordering::SeqCst;
+        assert_eq!(ram.store_u32(0x1010, 1, order), read_only(0x1010, 4));
+        assert_eq!(ram.store_u64(0x1010, 1, order), read_only(0x1010, 8));
+        let former = ram.fetch_or_u32(0x1010, 1, order);
+        assert_eq!(former.map(drop), read_only(0x1010, 4));
+        let former = ram.compare_exchange_u64(0x1010, 0x0707_0707_0707_0707, 1);
+        assert_eq!(former.map(drop), read_only(0x1010, 8));
+        assert_eq!(ram.load_u32(0x1010, order), Ok(0x0707_0707));
+        assert_eq!(ram.load_u64(0x1010, order), Ok(0x0707_0707_0707_0707));
+        assert_eq!(ram.view().span(0x1000, 8).map(drop), read_only(0x1000, 8));
     }
 }

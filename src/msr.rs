@@ -367,7 +367,7 @@ impl PartitionMsrs {
         }
         let enabled = state.hypercall & msr::PAGE_ENABLE != 0;
         let page = state.hypercall & msr::PAGE_ADDRESS;
-        if enabled && (state.guest_os_id == 0 || !self.ram.is_ram(page, PAGE_SIZE)) {
+        if enabled && (state.guest_os_id == 0 || !self.ram.is_writable(page, PAGE_SIZE)) {
             return Err(MsrError::Value {
                 msr: msr::HYPERCALL,
                 value: state.hypercall,
@@ -418,7 +418,7 @@ impl PartitionMsrs {
         }
         let enable = value & msr::PAGE_ENABLE != 0;
         let page = value & msr::PAGE_ADDRESS;
-        if enable && !self.ram.is_ram(page, PAGE_SIZE) {
+        if enable && !self.ram.is_writable(page, PAGE_SIZE) {
             return Err(GpFault);
         }
         if enable && registers.guest_os_id == 0 && !mutant!("hypercall-page-without-identity") {

@@ -112,3 +112,21 @@ fn an_access_uses_the_memory_map_of_the_moment() {
     dma.read(0xfff, &mut back).unwrap();
     assert_eq!(back, [1, 2]);
 }
+
+#[test]
+fn read_only_ram_is_read_and_a_write_there_is_a_fault() {
+    let ram = crate::mem::testing::with_rom(0x1000, &[7; 0x1000]);
+    let port = DmaPort::new(GuestRam::new(&ram));
+    port.set_master(true);
+    let dma = Dma::new(port.clone());
+    let mut back = [0; 4];
+    dma.read(0xffe, &mut back).unwrap();
+    assert_eq!(back, [0, 0, 7, 7]);
+    for iova in [0x1010, 0xffe] {
+        let fault = DmaError::Fault { iova, len: 4 };
+        assert_eq!(dma.write(iova, &[1; 4]), Err(fault));
+    }
+    assert_eq!(port.counters().faults, 2);
+    dma.read(0xffe, &mut back).unwrap();
+    assert_eq!(back, [0, 0, 7, 7]);
+}

@@ -101,7 +101,7 @@ impl<'a> DmaView<'a> {
         }
         let (gpa, count) = self.first_run(iova, len, access).map_err(at_start)?;
         if count == len
-            && let Some(slice) = self.ram().slice(gpa, len)
+            && let Some(slice) = self.ram().slice(gpa, len, access.writes())
         {
             // The access leaves neither its page nor its region: nearly all of them.
             return Ok(slices(Some(slice), 0));
@@ -135,7 +135,7 @@ impl<'a> DmaView<'a> {
     ) -> vm_memory::guest_memory::Result<VolatileSlice<'_>> {
         let run = self.first_run(iova, len, access);
         let slice = run.and_then(|(gpa, count)| {
-            let slice = self.ram().prefix(gpa, count);
+            let slice = self.ram().prefix(gpa, count, access.writes());
             slice.ok_or(FaultCause::NotRam)
         });
         slice.map_err(|cause| {
@@ -153,7 +153,7 @@ impl<'a> DmaView<'a> {
             let fault = |cause| (done as u64, cause);
             let run = self.first_run(iova + done as u64, len - done, access);
             let (gpa, count) = run.map_err(fault)?;
-            let checked = self.ram().check(gpa, count as u64);
+            let checked = self.ram().check(gpa, count as u64, access.writes());
             checked.map_err(|_| fault(FaultCause::NotRam))?;
             if count < len && len > MAX_DMA_LEN {
                 // Work of unknown length.

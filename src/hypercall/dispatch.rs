@@ -243,9 +243,9 @@ impl Dispatcher {
         let (input, output) = (registers.input(), registers.output());
         let (input_len, output_len) = (plan.input_len() as u64, plan.output_len() as u64);
         let ram = self.ram.view();
-        check_list(&ram, input, input_len)?;
+        check_list(&ram, input, input_len, false)?;
         if output_len != 0 {
-            check_list(&ram, output, output_len)?;
+            check_list(&ram, output, output_len, true)?;
             // Both are RAM, so neither sum wraps.
             if input < output + output_len && output < input + input_len {
                 return Err(HvStatus::INVALID_ALIGNMENT);
@@ -338,10 +338,10 @@ impl Dispatcher {
     }
 }
 
-fn check_list(ram: &Snapshot, gpa: u64, len: u64) -> Result<(), HvStatus> {
+fn check_list(ram: &Snapshot, gpa: u64, len: u64, write: bool) -> Result<(), HvStatus> {
     let aligned = gpa.is_multiple_of(8) || mutant!("hypercall-misaligned-list");
     let in_page = gpa % PAGE_SIZE + len <= PAGE_SIZE || mutant!("hypercall-list-across-pages");
-    let fits = aligned && in_page && ram.check(gpa, len).is_ok();
+    let fits = aligned && in_page && ram.check(gpa, len, write).is_ok();
     fits.then_some(()).ok_or(HvStatus::INVALID_ALIGNMENT)
 }
 

@@ -55,6 +55,8 @@ pub(super) struct OutOfSlots {
 #[derive(Debug, Clone)]
 struct Block {
     end: u64,
+    /// This process cannot write it either: all of it is read-only at all times.
+    rom: bool,
     readonly: BTreeSet<u64>,
     /// By address. A hostile guest makes them as many as half the pages, so they are searched.
     slots: Vec<Slot>,
@@ -72,20 +74,20 @@ pub(super) struct SlotMap {
 
 impl SlotMap {
     /// Cuts RAM into blocks of `block` bytes at most, at multiples of it, and numbers their slots from
-    /// `ids`.
+    /// `ids`. `ram`: regions, and whether each is read-only for good.
     ///
     /// # Errors
     ///
     /// [`OutOfSlots`].
     pub(super) fn new(
-        ram: impl Iterator<Item = Range<u64>>,
+        ram: impl Iterator<Item = (Range<u64>, bool)>,
         block: u64,
         ids: Range<u32>,
     ) -> Result<Self, OutOfSlots> {
         let max = ids.len();
         let mut free: Vec<u32> = ids.rev().collect();
         let mut blocks = BTreeMap::new();
-        for region in ram {
+        for (region, rom) in ram {
             let mut gpa = region.start;
             while gpa < region.end {
                 let end = (gpa / block + 1).saturating_mul(block).min(region.end);
@@ -94,10 +96,11 @@ impl SlotMap {
                     id,
                     gpa,
                     len: end - gpa,
-                    readonly: false,
+                    readonly: rom,
                 };
                 let block = Block {
                     end,
+                    rom,
                     readonly: BTreeSet::new(),
                     slots: vec![slot],
                 };
@@ -127,8 +130,8 @@ impl SlotMap {
             .collect()
     }
 
-    /// What it takes to make pages read-only, and others writable. Pages outside RAM, and those that
-    /// are so already, change nothing.
+    /// What it takes to make pages read-only, and others writable. Pages outside RAM, those that are so
+    /// already, and those of regions that are read-only for good change nothing.
     ///
     /// # Errors
     ///
@@ -141,7 +144,7 @@ impl SlotMap {
                 let Some((start, block)) = self.blocks.range(..=*page).next_back() else {
                     continue;
                 };
-                if *page >= block.end {
+                if *page >= block.end || block.rom {
                     continue;
                 }
                 let block = changed.entry(*start).or_insert_with(|| block.clone());
@@ -237,8 +240,12 @@ mod tests {
     const RAM: [Range<u64>; 2] = [0..0xa000, 0x1_0000..0x2_4000];
     const BLOCK: u64 = 0x8000;
 
+    fn ram() -> impl Iterator<Item = (Range<u64>, bool)> {
+        RAM.into_iter().map(|region| (region, false))
+    }
+
     fn map(ids: u32) -> SlotMap {
-        SlotMap::new(RAM.into_iter(), BLOCK, 7..7 + ids).unwrap()
+        SlotMap::new(ram(), BLOCK, 7..7 + ids).unwrap()
     }
 
     #[test]
@@ -253,9 +260,29 @@ mod tests {
             (11, 0x2_0000, 0x4000),
         ];
         assert_eq!(slots, expected);
-        let max = SlotMap::new(RAM.into_iter(), BLOCK, 0..4).unwrap_err().max;
+        let max = SlotMap::new(ram(), BLOCK, 0..4).unwrap_err().max;
         assert_eq!(max, 4);
         assert_eq!(map.plan(&[0x1000], &[]).unwrap_err().max, 5);
+    }
+
+    #[test]
+    fn a_region_that_is_read_only_for_good_stays_so() {
+        let regions = [(0..0xa000, true), (0xa000..0xc000, false)];
+        let mut map = SlotMap::new(regions.into_iter(), BLOCK, 0..9).unwrap();
+        let slots =
+            |map: &SlotMap| -> Vec<_> { map.slots().map(|s| (s.gpa, s.len, s.readonly)).collect() };
+        let expected = [
+            (0, 0x8000, true),
+            (0x8000, 0x2000, true),
+            (0xa000, 0x2000, false),
+        ];
+        assert_eq!(slots(&map), expected);
+        assert!(map.plan(&[0x1000], &[0x9000]).unwrap().is_empty());
+        // One in which pages are tracked is not mixed up with it.
+        let plan = map.plan(&[0x9000, 0xa000], &[]).unwrap();
+        assert_eq!((plan.delete.len(), plan.add.len()), (1, 2));
+        map.done(plan);
+        assert_eq!(map.readonly(), [0xa000]);
     }
 
     #[test]
@@ -311,7 +338,7 @@ mod tests {
     #[test]
     fn a_change_in_a_block_of_many_pieces_looks_at_each_a_few_times() {
         let block = 16 << 20;
-        let mut map = SlotMap::new(std::iter::once(0..block), block, 0..5000).unwrap();
+        let mut map = SlotMap::new(std::iter::once((0..block, false)), block, 0..5000).unwrap();
         let pages: Vec<u64> = (0..2048).map(|page| page << 13).collect();
         let plan = map.plan(&pages, &[]).unwrap();
         map.done(plan);

@@ -36,7 +36,7 @@ pub fn answer_store(vcpu: &mut VcpuFd, shadow: &Shadow, ram: &KvmRam) -> bool {
     let Some(data) = mmio.data.get(..mmio.len as usize) else {
         return false;
     };
-    if mmio.is_write == 0 || !shadow.ram().is_ram(gpa, data.len() as u64) {
+    if mmio.is_write == 0 || !shadow.ram().is_writable(gpa, data.len() as u64) {
         return false;
     }
     let (regs, sregs) = {

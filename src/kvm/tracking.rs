@@ -51,11 +51,14 @@ impl KvmRam {
     /// `tracked` it is cut into blocks, so that making pages read-only is cheap; without, each region
     /// is one slot.
     ///
+    /// A region that this process cannot write (mapped without `PROT_WRITE`) is read-only for the guest
+    /// too: a store to it leaves the guest as one to an MMIO address where nothing is.
+    ///
     /// The vCPUs pass `gate`, and `kick` takes them out of the guest.
     ///
     /// # Errors
     ///
-    /// KVM's error, or too few ids.
+    /// KVM's error, too few ids, or a read-only region on a KVM without read-only slots.
     pub fn plug(
         vm: Arc<VmFd>,
         ram: RamMap,
@@ -71,9 +74,20 @@ impl KvmRam {
         };
         let regions = ram.iter().map(|region| {
             let start = region.start_addr().0;
-            start..start + region.len()
+            let rom = region.prot() & libc::PROT_WRITE == 0;
+            (start..start + region.len(), rom)
         });
-        let slots = SlotMap::new(regions, block, ids).map_err(io::Error::other)?;
+        let regions: Vec<_> = regions.collect();
+        if let Some((rom, _)) = regions.iter().find(|(_, rom)| *rom)
+            && !vm.check_extension(Cap::ReadonlyMem)
+        {
+            let error = format!(
+                "RAM at {:#x} is read-only, and KVM has no read-only memory slots",
+                rom.start
+            );
+            return Err(io::Error::other(error));
+        }
+        let slots = SlotMap::new(regions.into_iter(), block, ids).map_err(io::Error::other)?;
         let plugged = Self {
             vm,
             ram,

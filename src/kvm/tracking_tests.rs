@@ -816,3 +816,39 @@ fn two_vcpus_map_and_unmap_in_the_same_tables_at_once() {
     println!("{time:?}, {counters:?}");
     assert_eq!(counters.blocked, 0);
 }
+
+#[test]
+fn a_region_that_this_process_cannot_write_is_read_only_for_the_guest() {
+    let Ok(kvm) = Kvm::new() else {
+        println!("SKIPPED a_region_that_this_process_cannot_write: no /dev/kvm");
+        return;
+    };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    vm.create_irq_chip().unwrap();
+    vm.set_tss_address(0xfffb_d000).unwrap();
+    let map = crate::mem::testing::with_rom(0x3000, &[7; 0x1000]);
+    // mov al, [0x3000]; mov [0x3001], al; out 0x11, al
+    let code = [0xa0, 0x00, 0x30, 0xa2, 0x01, 0x30, 0xe6, 0x11];
+    map.write_slice(&code, GuestAddress(0x1000)).unwrap();
+    let gate = Arc::new(RunGate::new(1));
+    let threads = Arc::new(Threads::default());
+    let ram = KvmRam::plug(vm.clone(), map, 0..10, true, gate, threads);
+    let ram = Arc::new(ram.unwrap());
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut sregs = vcpu.get_sregs().unwrap();
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = 0x1000;
+    vcpu.set_regs(&regs).unwrap();
+    let stored = vcpu.run().unwrap();
+    assert!(matches!(stored, VcpuExit::MmioWrite(0x3001, [7])));
+    let shadow = Shadow::new(
+        ShadowConfig::default(),
+        GuestRam::new(ram.map()),
+        ram.clone(),
+    );
+    assert!(!answer_store(&mut vcpu, &shadow, &ram), "nobody's");
+    let loaded = vcpu.run().unwrap();
+    assert!(matches!(loaded, VcpuExit::IoOut(0x11, [7])));
+}

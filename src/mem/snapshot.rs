@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::{
     GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileMemoryError,
@@ -18,6 +18,8 @@ struct Region {
     start: u64,
     /// Bytes; the sum with `start` does not wrap.
     len: u64,
+    /// This process may write it. Reading is all that may be done otherwise: a store would be a signal.
+    writable: bool,
     mapping: Arc<MmapRegion>,
 }
 
@@ -32,6 +34,18 @@ impl Region {
     #[inline]
     fn offset(&self, gpa: u64) -> usize {
         (gpa - self.start) as usize
+    }
+
+    /// True if it may be read, or, with `write`, written.
+    #[inline]
+    fn allows(&self, write: bool) -> bool {
+        self.writable || !write
+    }
+
+    /// Why a part of it may not be written.
+    #[cold]
+    fn read_only(gpa: u64, len: u64) -> MemError {
+        MemError::ReadOnly { gpa, len }
     }
 }
 
@@ -48,6 +62,7 @@ impl Snapshot {
         let regions = map.iter().map(|region| Region {
             start: region.start_addr().0,
             len: region.len(),
+            writable: region.prot() & libc::PROT_WRITE != 0,
             mapping: region.get_mmap(),
         });
         Self {
@@ -71,29 +86,34 @@ impl Snapshot {
         regions.get(next.checked_sub(1)?)
     }
 
-    /// The memory of a range that lies in one region; `None` says nothing about other ranges.
+    /// The memory of a range that lies in one region, to be read or, with `write`, written; `None` says
+    /// nothing about other ranges.
     #[inline]
-    pub(crate) fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        let region = self.find(gpa)?;
+    pub(crate) fn slice(&self, gpa: u64, len: usize, write: bool) -> Option<VolatileSlice<'_>> {
+        let region = self.find(gpa).filter(|region| region.allows(write))?;
         region.mapping.get_slice(region.offset(gpa), len).ok()
     }
 
-    /// The memory from `gpa` to the end of its region, at most `len` bytes.
-    pub(crate) fn prefix(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+    /// The memory from `gpa` to the end of its region, at most `len` bytes, to be read or, with `write`,
+    /// written.
+    pub(crate) fn prefix(&self, gpa: u64, len: usize, write: bool) -> Option<VolatileSlice<'_>> {
         let region = self.find(gpa)?;
         let most = region.end() - gpa;
-        self.slice(gpa, most.min(len as u64) as usize)
+        self.slice(gpa, most.min(len as u64) as usize, write)
     }
 
-    /// Checks that a whole range is RAM; regions may adjoin. An empty range is RAM where its first
-    /// byte would be.
+    /// Checks that a whole range is RAM and, with `write`, that it may be written; regions may adjoin.
+    /// An empty range is RAM where its first byte would be.
     #[inline]
-    pub(crate) fn check(&self, gpa: u64, len: u64) -> Result<(), MemError> {
+    pub(crate) fn check(&self, gpa: u64, len: u64, write: bool) -> Result<(), MemError> {
         let error = MemError::NotRam { gpa, len };
         let end = gpa.checked_add(len).ok_or(error)?;
         let mut next = gpa;
         loop {
             let region = self.find(next).ok_or(error)?;
+            if !region.allows(write) {
+                return Err(Region::read_only(gpa, len));
+            }
             next = region.end();
             if next >= end {
                 return Ok(());
@@ -122,11 +142,11 @@ impl Snapshot {
     /// As [`GuestRam::read`](super::GuestRam::read).
     #[inline]
     pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
-        if let Some(slice) = self.slice(gpa, buf.len()) {
+        if let Some(slice) = self.slice(gpa, buf.len(), false) {
             slice.copy_to(buf);
             return Ok(());
         }
-        self.each_piece(gpa, buf.len(), |slice, done| {
+        self.each_piece(gpa, buf.len(), false, |slice, done| {
             slice.copy_to(&mut buf[done..]);
         })
     }
@@ -134,11 +154,13 @@ impl Snapshot {
     /// As [`GuestRam::write`](super::GuestRam::write).
     #[inline]
     pub(crate) fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
-        if let Some(slice) = self.slice(gpa, buf.len()) {
+        if let Some(slice) = self.slice(gpa, buf.len(), true) {
             slice.copy_from(buf);
             return Ok(());
         }
-        self.each_piece(gpa, buf.len(), |slice, done| slice.copy_from(&buf[done..]))
+        self.each_piece(gpa, buf.len(), true, |slice, done| {
+            slice.copy_from(&buf[done..])
+        })
     }
 
     /// Calls `f` with the memory of a range, region by region, and the bytes before each piece.
@@ -147,13 +169,14 @@ impl Snapshot {
         &self,
         gpa: u64,
         len: usize,
+        write: bool,
         mut f: impl FnMut(VolatileSlice<'_>, usize),
     ) -> Result<(), MemError> {
-        self.check(gpa, len as u64)?;
+        self.check(gpa, len as u64, write)?;
         let mut done = 0;
         while done < len {
             let left = len - done;
-            let piece = self.prefix(gpa + done as u64, left);
+            let piece = self.prefix(gpa + done as u64, left, write);
             let piece = piece.ok_or(MemError::NotRam {
                 gpa,
                 len: len as u64,
@@ -167,7 +190,7 @@ impl Snapshot {
     /// The pieces of a range, region by region.
     #[cfg(feature = "vfio")]
     pub(crate) fn pieces(&self, gpa: u64, len: u64) -> Result<Vec<RamPiece>, MemError> {
-        self.check(gpa, len)?;
+        self.check(gpa, len, false)?;
         let end = gpa + len;
         let regions = self.regions.iter();
         let touched = regions.filter(|region| region.start < end && gpa < region.end());
@@ -200,27 +223,42 @@ impl Snapshot {
 
     /// A 32-bit word.
     #[inline]
-    pub(crate) fn u32(&self, gpa: u64) -> Result<&AtomicU32, MemError> {
+    pub(crate) fn u32(&self, gpa: u64) -> Result<Word<'_, AtomicU32>, MemError> {
         let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 4 })?;
-        let word = region.mapping.get_atomic_ref(region.offset(gpa));
-        word.map_err(|error| word_error(&error, gpa, 4))
+        let atomic = region.mapping.get_atomic_ref(region.offset(gpa));
+        let atomic = atomic.map_err(|error| word_error(&error, gpa, 4))?;
+        let writable = region.writable;
+        Ok(Word {
+            atomic,
+            gpa,
+            writable,
+        })
     }
 
     /// A 64-bit word.
     #[inline]
-    pub(crate) fn u64(&self, gpa: u64) -> Result<&AtomicU64, MemError> {
+    pub(crate) fn u64(&self, gpa: u64) -> Result<Word<'_, AtomicU64>, MemError> {
         let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 8 })?;
-        let word = region.mapping.get_atomic_ref(region.offset(gpa));
-        word.map_err(|error| word_error(&error, gpa, 8))
+        let atomic = region.mapping.get_atomic_ref(region.offset(gpa));
+        let atomic = atomic.map_err(|error| word_error(&error, gpa, 8))?;
+        let writable = region.writable;
+        Ok(Word {
+            atomic,
+            gpa,
+            writable,
+        })
     }
 
-    /// Finds a range that lies in one region, for many accesses.
+    /// Finds a range that lies in one region and may be written, for many accesses.
     pub(crate) fn span(&self, gpa: u64, len: usize) -> Result<Span, MemError> {
         let not_ram = MemError::NotRam {
             gpa,
             len: len as u64,
         };
         let region = self.find(gpa).ok_or(not_ram)?;
+        if !region.writable {
+            return Err(Region::read_only(gpa, len as u64));
+        }
         let offset = region.offset(gpa);
         region.mapping.get_slice(offset, len).map_err(|_| not_ram)?;
         Ok(Span {
@@ -228,6 +266,45 @@ impl Snapshot {
             offset,
             len,
         })
+    }
+}
+
+/// A word of RAM, which may be only to be read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Word<'a, T> {
+    atomic: &'a T,
+    gpa: u64,
+    writable: bool,
+}
+
+impl<'a, T> Word<'a, T> {
+    /// The word, to be written.
+    ///
+    /// # Errors
+    ///
+    /// [`MemError::ReadOnly`].
+    #[inline]
+    pub(crate) fn writable(&self) -> Result<&'a T, MemError> {
+        match self.writable {
+            true => Ok(self.atomic),
+            false => Err(Region::read_only(self.gpa, size_of::<T>() as u64)),
+        }
+    }
+}
+
+impl Word<'_, AtomicU32> {
+    /// Loads it.
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> u32 {
+        self.atomic.load(order)
+    }
+}
+
+impl Word<'_, AtomicU64> {
+    /// Loads it.
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> u64 {
+        self.atomic.load(order)
     }
 }
 
@@ -273,7 +350,7 @@ impl RamPiece {
     }
 }
 
-/// Consecutive bytes of RAM that were found once. Their region stays mapped as long as this lives,
+/// Consecutive bytes of RAM, which may be written, that were found once. Their region stays mapped as long as this lives,
 /// also when the VMM takes it out of the map: whoever keeps a span compares
 /// [`GuestRam::generation`](super::GuestRam::generation) before each use.
 #[derive(Debug)]

@@ -364,3 +364,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_hypercall_page_in_read_only_ram_is_as_one_outside_ram() {
+    let rom = RAM_SIZE as u64;
+    let map = crate::mem::testing::with_rom(rom, &[7; 0x1000]);
+    let ram = GuestRam::new(&map);
+    let msrs = PartitionMsrs::new(config(), ram, Arc::new(FixedClock(77))).unwrap();
+    assert_eq!(msrs.write(0, msr::GUEST_OS_ID, 0x8100), Ok(MsrEffect::None));
+    assert_eq!(msrs.write(0, msr::HYPERCALL, rom | 1), Err(GpFault));
+    assert_eq!(msrs.read(0, msr::HYPERCALL), Ok(0));
+    assert!(!msrs.hypercalls_enabled());
+}

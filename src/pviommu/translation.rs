@@ -16,6 +16,14 @@ pub enum Access {
     Write,
 }
 
+impl Access {
+    /// True for [`Access::Write`].
+    #[inline]
+    pub(crate) fn writes(self) -> bool {
+        self == Self::Write
+    }
+}
+
 impl fmt::Display for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -137,7 +145,8 @@ pub enum FaultCause {
         /// Level of the entry.
         level: u8,
     },
-    /// A table is not in guest RAM.
+    /// A table is not in guest RAM, or in a read-only region of it with an entry that is not marked as
+    /// accessed or dirty, and so cannot be.
     #[error("table of level {level} is not in RAM")]
     TableNotRam {
         /// Level of the table.
@@ -149,7 +158,8 @@ pub enum FaultCause {
         /// Level of the entry.
         level: u8,
     },
-    /// The address, or what it translates to, is not guest RAM.
+    /// The address, or what it translates to, is not guest RAM, or for a write not RAM that can be
+    /// written.
     #[error("not guest RAM")]
     NotRam,
     /// The access touches the interrupt range and is not a message.

@@ -74,6 +74,9 @@ pub(crate) fn walk(
             if attempt == MAX_ATTEMPTS {
                 return Err(FaultCause::Unstable { level });
             }
+            // In a table that nobody can write the bit can never be set.
+            let word = word.writable();
+            let word = word.map_err(|_| FaultCause::TableNotRam { level })?;
             let (order, failed) = (Ordering::AcqRel, Ordering::Acquire);
             match word.compare_exchange(value, value | bits, order, failed) {
                 Ok(_) => value |= bits,
@@ -326,5 +329,28 @@ mod tests {
         let leaf = go(&ram, IOVA, Access::Write).unwrap();
         assert!(leaf.writable);
         assert_eq!(get(&ram, 0x20_4000, 4), 0x5000 | PAGE);
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_written_serves_as_far_as_it_is_marked() {
+        let marked = 0x5000 | PAGE;
+        let unmarked = 0x5000 | PAGE & !(entry::ACCESSED | entry::DIRTY);
+        let clean = 0x5000 | PAGE & !entry::DIRTY;
+        let rom: Vec<u8> = [0x1_1000 | TABLE, marked, unmarked, clean]
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .chain([0; 0x1000 - 32])
+            .collect();
+        let ram = crate::mem::testing::with_rom(0x1_0000, &rom);
+        set(&ram, 0x1000, 0, 0x2000 | TABLE);
+        set(&ram, 0x2000, 0, 0x3000 | TABLE);
+        set(&ram, 0x3000, 0, 0x1_0000 | TABLE);
+        for access in [Access::Read, Access::Write] {
+            assert!(go(&ram, 1 << 12, access).is_ok());
+            let fault = Err(FaultCause::TableNotRam { level: 1 });
+            assert_eq!(go(&ram, 2 << 12, access), fault);
+            let written = go(&ram, 3 << 12, access);
+            assert_eq!(written.is_ok(), access == Access::Read);
+        }
     }
 }

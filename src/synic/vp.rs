@@ -275,19 +275,21 @@ fn page(register: u64) -> Option<u64> {
     (register & msr::PAGE_ENABLE != 0).then_some(register & msr::PAGE_ADDRESS)
 }
 
-/// True if SIEFP or SIMP may hold `register`: the page is off, or it is RAM.
+/// True if SIEFP or SIMP may hold `register`: the page is off, or it is RAM that can
+/// be written.
 pub(super) fn page_is_valid(register: u64, ram: &GuestRam) -> bool {
-    page(register).is_none_or(|page| ram.is_ram(page, PAGE_SIZE))
+    page(register).is_none_or(|page| ram.is_writable(page, PAGE_SIZE))
 }
 
 /// Zeroes the page on enable and on move, as the overlay that it stands for would be: stale RAM
-/// looks like an occupied slot. Faults, with memory unchanged, if the page is not RAM.
+/// looks like an occupied slot. Faults, with memory unchanged, if the page is not RAM that can be
+/// written.
 fn prepare_page(old: u64, new: u64, ram: &GuestRam) -> Result<(), GpFault> {
     match page(new) {
         Some(gpa) if page(old) != Some(gpa) && !mutant!("synic-page-not-cleared") => {
             ram.fill(gpa, PAGE_SIZE, 0).map_err(|_| GpFault)
         }
-        Some(gpa) if !ram.is_ram(gpa, PAGE_SIZE) => Err(GpFault),
+        Some(gpa) if !ram.is_writable(gpa, PAGE_SIZE) => Err(GpFault),
         _ => Ok(()),
     }
 }

@@ -202,11 +202,11 @@ impl Shadow {
     ///
     /// # Errors
     ///
-    /// [`MemError`]: it is not RAM; nothing has happened.
+    /// [`MemError`]: it is not RAM, or read-only; nothing has happened.
     pub fn store(&self, gpa: u64, data: &[u8]) -> Result<(), MemError> {
         let mut state = self.lock();
         let ram = self.ram.pin();
-        ram.check(gpa, data.len() as u64)?;
+        ram.check(gpa, data.len() as u64, true)?;
         count(&self.stats.stores);
         self.store_words(&mut state, &ram, gpa, data)
     }
@@ -218,7 +218,7 @@ impl Shadow {
     ///
     /// # Errors
     ///
-    /// [`MemError`]: it is not RAM; nothing has happened. `expected` and `new` are as long as the
+    /// [`MemError`]: it is not RAM, or read-only; nothing has happened. `expected` and `new` are as long as the
     /// access, at most 8 bytes.
     pub fn compare_exchange(
         &self,
@@ -228,9 +228,10 @@ impl Shadow {
     ) -> Result<Result<(), [u8; 8]>, MemError> {
         let mut state = self.lock();
         let ram = self.ram.pin();
+        let len = expected.len().min(8);
+        ram.check(gpa, len as u64, true)?;
         count(&self.stats.stores);
         let mut current = [0; 8];
-        let len = expected.len().min(8);
         ram.read(gpa, &mut current[..len])?;
         if current[..len] != expected[..len] {
             count(&self.stats.lost_exchanges);
@@ -370,7 +371,7 @@ impl Shadow {
             }
             return ram.write(word + offset as u64, bytes);
         }
-        let memory = ram.u64(word)?;
+        let memory = ram.u64(word)?.writable()?;
         let mut value = memory.load(Ordering::Acquire).to_le_bytes();
         value[offset..offset + bytes.len()].copy_from_slice(bytes);
         let merged = u64::from_le_bytes(value);

@@ -135,7 +135,7 @@ impl<'a> View<'a> {
                 size: leaf_size(level),
                 writable,
             }),
-            Ok(false) if self.ram.check(gpa, PAGE_SIZE).is_ok() => Entry::Link(Table {
+            Ok(false) if self.ram.check(gpa, PAGE_SIZE, false).is_ok() => Entry::Link(Table {
                 gpa,
                 level: level - 1,
                 base: iova,
@@ -172,8 +172,11 @@ impl<'a> View<'a> {
         let value = word.load(Ordering::Acquire);
         if value & bits != bits && self.decode(value, table, index) == *found {
             let (order, failed) = (Ordering::AcqRel, Ordering::Relaxed);
-            // Fails only if somebody stores past the tracker, which a flush makes good.
-            let _ = word.compare_exchange(value, value | bits, order, failed);
+            // A table that nobody can write stays unmarked. Else this fails only if somebody stores past
+            // the tracker, which a flush makes good.
+            if let Ok(word) = word.writable() {
+                let _ = word.compare_exchange(value, value | bits, order, failed);
+            }
         }
     }
 

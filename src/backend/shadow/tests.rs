@@ -193,7 +193,11 @@ impl Bed {
                 (GuestAddress(range.start), len)
             })
             .collect();
-        let ram = GuestRam::new(&RamMap::from_ranges(&ranges).expect("test RAM"));
+        let map = RamMap::from_ranges(&ranges).expect("test RAM");
+        Self::over(GuestRam::new(&map), config)
+    }
+
+    fn over(ram: GuestRam, config: ShadowConfig) -> Self {
         let tracker = Arc::new(FakeTracker {
             ram: ram.clone(),
             tracked: Mutex::default(),
@@ -625,4 +629,27 @@ fn a_page_that_is_given_up_is_writable_and_blocks_the_domains_that_have_it() {
     *bed.tracker.broken.lock().unwrap() = false;
     assert!(bed.shadow.give_up(0x9000));
     assert!(!bed.is_tracked(0x9000));
+}
+
+#[test]
+fn tables_in_read_only_ram_are_followed_and_never_marked() {
+    let rom = 0x1_0000;
+    let leaf = (0x5000 | PAGE) & !(entry::ACCESSED | entry::DIRTY);
+    let table = [&leaf.to_le_bytes()[..], &[0; 0xff8]].concat();
+    let map = crate::mem::testing::with_rom(rom, &table);
+    let bed = Bed::over(GuestRam::new(&map), config());
+    bed.set(0x1000, 0, 0x2000 | LINK);
+    bed.set(0x2000, 0, 0x3000 | LINK);
+    bed.set(0x3000, 0, rom | LINK);
+    let space = FakeSpace::with_ram(std::slice::from_ref(&(0..rom + 0x1000)), None);
+    let domain = bed.follow(0x1000, &space).unwrap();
+    assert_eq!(space.find(0), Some((0x5000, true)));
+    assert_eq!(bed.get(rom, 0), leaf);
+    // Stores of a vCPU that leave the guest change nothing.
+    assert!(bed.shadow.store(rom, &[0; 8]).is_err());
+    assert!(bed.shadow.store(rom - 4, &[0; 8]).is_err());
+    let old = leaf.to_le_bytes();
+    assert!(bed.shadow.compare_exchange(rom, &old, &[0; 8]).is_err());
+    domain.flush_all();
+    assert_eq!(space.find(0), Some((0x5000, true)));
 }

@@ -351,3 +351,26 @@ fn impossible_configurations_are_refused_by_name() {
         assert!(error.to_string().contains(name));
     }
 }
+
+#[test]
+fn lists_in_read_only_ram_are_read_and_not_written() {
+    let rom = 0x1_0000;
+    let list = [&u64s(&[SELF, 0])[..], &[0; 0xff0]].concat();
+    let map = crate::mem::testing::with_rom(rom, &list);
+    let bed = Bed::over(GuestRam::new(&map), IommuConfig::default());
+    let call = |input, output| {
+        let control = CAPABILITIES.into();
+        let mut registers = Registers {
+            control,
+            input,
+            output,
+        };
+        match bed.calls.call(true, &mut registers) {
+            Outcome::Complete { result } => result as u16,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(call(rom, 0x1000), 0);
+    assert_eq!(call(rom, rom + 0x100), 4, "as an output outside RAM");
+    assert_eq!(call(rom, rom + 0x2000), 4);
+}

@@ -97,7 +97,10 @@ pub(super) struct Bed {
 impl Bed {
     pub(super) fn new(vps: u32, queue_limit: usize) -> Self {
         let map = RamMap::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("test RAM");
-        let ram = GuestRam::new(&map);
+        Self::over(GuestRam::new(&map), vps, queue_limit)
+    }
+
+    fn over(ram: GuestRam, vps: u32, queue_limit: usize) -> Self {
         let sink = Arc::new(Recorder::default());
         let config = SynicConfig {
             apic_ids: (0..vps).map(|vp| vp * 2).collect(),
@@ -203,6 +206,17 @@ fn reserved_bits_are_preserved_and_a_masked_low_vector_is_accepted() {
     bed.write(0, msr::SIMP, SIMP_PAGE | 0xfff);
     // A disabled page may lie anywhere.
     bed.write(0, msr::SIEFP, !1);
+}
+
+#[test]
+fn a_page_in_read_only_ram_is_as_one_outside_ram() {
+    let rom = 0x6000;
+    let map = crate::mem::testing::with_rom(rom, &[7; 0x1000]);
+    let bed = Bed::over(GuestRam::new(&map), 1, 2);
+    for register in [msr::SIMP, msr::SIEFP] {
+        assert_eq!(bed.synic.write_msr(0, register, rom | 1), Err(GpFault));
+        assert_eq!(bed.synic.read_msr(0, register), Ok(0));
+    }
 }
 
 #[test]

@@ -83,6 +83,16 @@ fn pages_that_make_no_ring_are_refused() {
 }
 
 #[test]
+fn read_only_pages_make_no_ring() {
+    let ram = GuestRam::new(&crate::mem::testing::with_rom(0x3000, &[0; 0x1000]));
+    for pfns in [[3, 1], [1, 3]] {
+        let error = RingError::Pages { pages: 2 };
+        assert_eq!(RingReader::open(ram.clone(), &pfns).unwrap_err(), error);
+        assert_eq!(RingWriter::open(ram.clone(), &pfns).unwrap_err(), error);
+    }
+}
+
+#[test]
 fn bad_indices_are_refused_at_open() {
     for bad in [4, 0x2000, u32::MAX] {
         for word in [READ_INDEX, WRITE_INDEX] {

@@ -194,7 +194,7 @@ fn a_slot_freed_while_the_next_message_is_posted_gets_that_message() {
         scope.spawn(|| {
             // The guest's own accesses are much faster than the host's, so they fall in between.
             let view = bed.ram.view();
-            let owner = view.u32(SLOT2).unwrap();
+            let owner = view.u32(SLOT2).unwrap().writable().unwrap();
             let flags = view.u32(SLOT2 + 4).unwrap();
             for round in 1..=ROUNDS {
                 wait_for(&go, round);
