@@ -123,6 +123,7 @@ impl VmBus {
         if state.version != VmBusState::VERSION {
             return Err(VmBusStateError::Version(state.version));
         }
+        state.server.check_waiting(&self.limits)?;
         let _step = lock(&self.step);
         let (ram, vps) = (self.ram.clone(), self.synic.vp_count());
         let server = Server::restore(self.limits, ram, vps, state.server.clone())?;

@@ -11,7 +11,8 @@ use super::*;
 
 use crate::hv::vmbus::{VP_NONE, Version, message_type as t};
 use crate::vmbus::ring::guest::{GuestRing, ram};
-use crate::vmbus::{ChannelIdentity, OpenError};
+use crate::vmbus::server::{ServerState, StateError};
+use crate::vmbus::{ChannelIdentity, OpenError, VmBusState, VmBusStateError};
 use crate::vmm::{Msi, MsiSink};
 
 mod guest_os;
@@ -524,6 +525,49 @@ fn refusals_that_a_guest_does_not_take_are_bounded_on_all_vps_together() {
         guest.post(&foreign_contact(n % 2));
     }
     assert!(waiting() <= owed + 64, "{}", waiting());
+}
+
+#[test]
+fn a_state_with_as_much_waiting_as_can_be_is_restored_and_one_with_more_is_not() {
+    let guest = Guest::new(64);
+    let limits = guest.bus.limits;
+    let offers: Vec<_> = (1..=limits.channels as u128)
+        .map(|n| guest.bus.offer(Echo::new(n)).unwrap())
+        .collect();
+    // The guest takes no message.
+    guest.post(&guest_os::contact(Version::V5_3, 1));
+    let outbox = || lock(&guest.bus.server).outbox_len();
+    while outbox() < limits.outbox - 1 {
+        guest.post(&[&words(t::TL_CONNECT_REQUEST, &[])[..], &[3; 32]].concat());
+    }
+    guest.post(&words(t::REQUEST_OFFERS, &[]));
+    for id in offers {
+        guest.bus.revoke(id);
+    }
+    guest.host.run();
+    assert!(outbox() >= limits.outbox + 2 * limits.channels);
+    let state = guest.bus.save();
+    guest.bus.restore(&state, |_| None).unwrap();
+    assert_eq!(guest.bus.save(), state);
+    let refused = |change: &dyn Fn(&mut VmBusState)| {
+        let mut state = state.clone();
+        change(&mut state);
+        guest.bus.restore(&state, |_| None).unwrap_err()
+    };
+    let actions = refused(&|state| state.server.actions = vec![Action::DiscardMessages(3); 10_000]);
+    assert_eq!(actions, VmBusStateError::Server(StateError::Actions));
+    let outbox = refused(&|state| {
+        let first = state.server.outbox[0].clone();
+        state.server.outbox.resize(10_000, first);
+    });
+    assert_eq!(outbox, VmBusStateError::Server(StateError::Outbox));
+    let mut most = state.clone();
+    let (actions, outbox) = ServerState::most_waiting(&limits);
+    most.server.actions = vec![Action::DiscardMessages(3); actions];
+    most.server
+        .outbox
+        .resize(outbox, state.server.outbox[0].clone());
+    guest.bus.restore(&most, |_| None).unwrap();
 }
 
 #[test]

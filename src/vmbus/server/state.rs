@@ -30,6 +30,39 @@ pub struct ServerState {
 impl ServerState {
     /// Layout version.
     pub const VERSION: u32 = 1;
+
+    /// The most actions and messages that wait in a server whose adapter performs all actions before it
+    /// gives it a message of the guest, and gives it none while `limits.outbox` messages wait.
+    ///
+    /// Actions: what one message leads to, and taking all offers back. Two for each channel, which is
+    /// retargeted and then closed or released, and one for each SINT. Messages: those below the limit,
+    /// what one message leads to, and what needs none. For each channel its offer, the end of a GPADL
+    /// that its ring used, an answer to an open and one to an open that came during the close before it,
+    /// and its rescind; for each GPADL in progress its failure; and two more, an answer to a contact and
+    /// the end of the offers.
+    pub(crate) fn most_waiting(limits: &Limits) -> (usize, usize) {
+        let channels = limits.channels.min(wire::MAX_RELID.into());
+        let actions = 2 * channels + usize::from(connection::SINT_COUNT);
+        let led_to = 5 * channels + 2;
+        let outbox = limits.outbox.saturating_add(limits.gpadls_in_progress);
+        (actions, outbox.saturating_add(led_to))
+    }
+
+    /// Checks that no more waits than can: what waits is worked off later, step by step.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Actions`], [`StateError::Outbox`].
+    pub(crate) fn check_waiting(&self, limits: &Limits) -> Result<(), StateError> {
+        let (actions, outbox) = Self::most_waiting(limits);
+        if self.actions.len() > actions {
+            return Err(StateError::Actions);
+        }
+        if self.outbox.len() > outbox {
+            return Err(StateError::Outbox);
+        }
+        Ok(())
+    }
 }
 
 /// Why a state was refused.
@@ -53,10 +86,10 @@ pub enum StateError {
     /// The GPADLs could not have come about, or exceed the limits.
     #[error("inconsistent GPADLs")]
     Gpadls,
-    /// The actions do not fit the channels.
+    /// The actions do not fit the channels, or are more than can wait.
     #[error("inconsistent actions")]
     Actions,
-    /// A message to a VP or SINT that does not exist.
+    /// A message to a VP or SINT that does not exist, or more messages than can wait.
     #[error("inconsistent outgoing messages")]
     Outbox,
 }
@@ -85,6 +118,7 @@ impl Server {
     }
 
     /// A server that goes on where [`save`](Self::save) was called. Nothing in `state` is trusted.
+    /// How much may wait is up to the adapter, which knows when it gives the server a message.
     ///
     /// # Errors
     ///
