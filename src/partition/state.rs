@@ -113,6 +113,10 @@ impl Partition {
     /// which has happened by now. No virtual CPU and no worker runs. Devices get their own states
     /// afterwards, before workers run.
     ///
+    /// Open channels owe the guest an interrupt then, which their workers raise. So local APICs, and in
+    /// hybrid mode the kernel's copies ([`Partition::kernel_msrs`]), must be in place before workers run:
+    /// an interrupt that comes sooner is lost, and no later one makes up for it.
+    ///
     /// # Errors
     ///
     /// [`PartitionStateError`]; the partition is then as after a reset.
@@ -183,7 +187,7 @@ impl Partition {
         // Last: taking over VMBus drops the messages that wait in the SynIC.
         self.synic.restore(&state.synic)?;
         for plugged in &*buses {
-            plugged.bus.signal_guest();
+            plugged.bus.owe_signal();
         }
         Ok(())
     }

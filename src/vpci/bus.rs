@@ -152,6 +152,8 @@ struct Open {
     replies: Replies,
     /// Room for the answers of the next request.
     rooms: Option<(Reservation, Reservation)>,
+    /// The guest is to be signalled once. Not part of a saved state: each restore makes it so anew.
+    signal_due: bool,
 }
 
 /// What the worker works on.
@@ -402,13 +404,15 @@ impl Bus {
         self.close();
     }
 
-    /// Signals the guest once, if the channel is open: after a restore, over which a signal may have been
-    /// lost (docs/spec/vmbus.md#VB-10-04). Whether there is anything to read does not matter: it may
-    /// have waited for room.
-    pub(crate) fn signal_guest(&self) {
-        if let Some(open) = &lock(&self.channel).open {
-            open.channel.signal.signal();
+    /// Has the worker signal the guest once, if the channel is open: after a restore, over which a signal
+    /// may have been lost (docs/spec/vmbus.md#VB-10-04). Whether there is anything to read does not
+    /// matter: it may have waited for room. Not at once: during a restore the host's kernel has the SINT
+    /// masked, and who raises it then loses the interrupt (docs/spec/kvm.md#kvm-7-2).
+    pub(crate) fn owe_signal(&self) {
+        if let Some(open) = &mut lock(&self.channel).open {
+            open.signal_due = true;
         }
+        self.trigger();
     }
 
     /// Takes one function away at once, whatever the guest is doing with it. When this returns no DMA
@@ -585,6 +589,7 @@ impl Open {
             request: vec![0; MAX_PAYLOAD_LEN].into(),
             replies: Replies::new(limit),
             rooms: None,
+            signal_due: false,
         })
     }
 
@@ -726,6 +731,11 @@ impl Worker for Bus {
 
     fn process(&self) -> bool {
         let mut channel = lock(&self.channel);
+        if let Some(open) = &mut channel.open
+            && std::mem::take(&mut open.signal_due)
+        {
+            open.channel.signal.signal();
+        }
         let stepped = self.step(&mut channel);
         if let Some(ejection) = channel.ejection.take_if(|e| e.is_complete()) {
             ejection.finish();

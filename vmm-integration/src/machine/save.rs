@@ -79,6 +79,8 @@ impl Machine {
         // After the vCPUs, whose local APICs take the interrupts that this may raise.
         self.shared.embedding.restore(&stopped, &saved.embedding)?;
         control.order_and_wait(Command::Forward, || {});
+        // Only now: workers raise SINTs, and KVM had them masked until it was told.
+        drop(stopped);
         Ok(())
     }
 }

@@ -676,10 +676,20 @@ fn snapshot(family: &str) -> Scenario {
         time_limit_s: RUN_LIMIT_S * 2,
         ..run(family, 2, mode)
     };
+    // A restore is another one where KVM has SINTs of its own.
+    let hybrid = Run {
+        snapshots: 6,
+        hyperv: Some("kernel".into()),
+        ..with("hybrid", Mode::Short, 0)
+    };
     scenario(
         "snapshot",
-        "saved and restored in a new process at each step: probe, data, load, moves; removal",
-        vec![with("checks", Mode::Full, 0), with("eject", Mode::Eject, 1)],
+        "saved and restored in a new process at each step: probe, data, load, moves; removal; hybrid mode",
+        vec![
+            with("checks", Mode::Full, 0),
+            with("eject", Mode::Eject, 1),
+            hybrid,
+        ],
     )
 }
 
