@@ -13,7 +13,7 @@
 //!
 //! Lock order: the partition's own lock guards plugging and unplugging only; it is taken before
 //! any lock of a layer below, and by no exit. [`Partition::buses`] takes it too, on whatever thread the
-//! VMM asks for a report.
+//! VMM asks for a report. No worker is adopted under it.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -393,7 +393,7 @@ impl Partition {
     ///
     /// [`PlugError`]; the partition and the guest are as before then.
     pub fn plug(&self, spec: BusSpec) -> Result<(), PlugError> {
-        let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        // A clash is found before anything is made; one that comes about meanwhile when it is registered.
         let numbers: Vec<u8> = spec.functions.iter().map(|f| f.number).collect();
         self.registry.check(&spec.instance, &numbers)?;
         let host = BusHost {
@@ -409,7 +409,9 @@ impl Partition {
             instance: spec.instance,
             numa_node: None,
         };
+        // Not under the lock: adopting a worker may wait for a thread that somebody has paused, who saves.
         let bus = Bus::new(config, spec.functions, host, &*self.host.workers)?;
+        let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
         // Registered before the offer: the guest may call as soon as it knows the bus.
         self.registry.insert(&bus)?;
         match self.enter(&bus) {

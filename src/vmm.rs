@@ -79,7 +79,8 @@ pub trait Worker: Send + Sync + Debug {
 /// the ready-made one of feature `devices`, or, in tests, a list that is drained by hand.
 pub trait WorkerHost: Send + Sync + Debug {
     /// Adopts a worker and returns what wakes it. A worker whose weak reference no longer upgrades
-    /// is gone and may be forgotten. May be called with the lock of the partition's buses held.
+    /// is gone and may be forgotten. Called with no lock of the library held, so it may wait for the
+    /// loop, though somebody has stopped that to save the VM.
     ///
     /// # Errors
     ///

@@ -1,6 +1,10 @@
 //! Plugging in, and what is left of a bus that was refused.
 #![forbid(unsafe_code)]
 
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
 use super::*;
 use crate::pviommu::{
     Attachment, BackendError, BackendReport, DeviceBackend, FlushRange, Translation,
@@ -245,4 +249,94 @@ fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
     guest.partition.remove_function(&INSTANCE, 1).unwrap();
     assert_eq!(of(&logs[1]), ["attached", "removed"]);
     assert_eq!(of(&logs[0]), ["attached"]);
+}
+
+/// A loop whose threads stand still for one adoption: it says that it has come, and waits for leave.
+#[derive(Debug)]
+struct Paused {
+    workers: Arc<Loop>,
+    hold: Mutex<Option<(Sender<()>, Receiver<()>)>>,
+}
+
+impl WorkerHost for Paused {
+    fn adopt(&self, worker: Weak<dyn Worker>) -> io::Result<Arc<dyn Trigger>> {
+        let hold = self.hold.lock().unwrap().take();
+        if let Some((come, leave)) = hold {
+            come.send(()).unwrap();
+            leave.recv().unwrap();
+        }
+        self.workers.adopt(worker)
+    }
+}
+
+#[test]
+fn a_plug_that_waits_for_a_worker_thread_holds_up_nobody_and_may_come_too_late() {
+    const SOON: Duration = Duration::from_secs(10);
+    let host = Guest::new().partition.host.clone();
+    let workers = Arc::new(Paused {
+        workers: Arc::default(),
+        hold: Mutex::default(),
+    });
+    let config = PartitionConfig {
+        apic_ids: vec![0],
+        tsc_hz: 1_000_000_000,
+        apic_hz: 1_000_000_000,
+        mmio: Vec::new(),
+        features: Features::default(),
+        hypercall_port: DEFAULT_HYPERCALL_PORT,
+        vmbus: VmBusConfig::default(),
+        iommu: Some(IommuConfig::default()),
+    };
+    let host = PartitionHost {
+        workers: workers.clone(),
+        ..host
+    };
+    let partition = Arc::new(Partition::new(config, host).unwrap());
+    let plug = |partition: &Partition, instance, device: &Arc<TestDevice>| {
+        let function = FunctionSpec::new(0, device.clone()).with_iommu(IommuMode::On);
+        partition.plug(BusSpec {
+            instance,
+            functions: vec![function],
+        })
+    };
+    let [late, first] = [1, 2].map(|serial| TestDevice::new(serial, &*workers.workers).unwrap());
+    let (come, has_come) = channel();
+    let (leave, waits) = channel();
+    *workers.hold.lock().unwrap() = Some((come, waits));
+    let held = thread::spawn({
+        let (partition, late) = (partition.clone(), late.clone());
+        move || plug(&partition, INSTANCE, &late)
+    });
+    has_come.recv().unwrap();
+    // Whoever has paused the loop saves, and meanwhile another takes the name.
+    let (done, is_done) = channel();
+    let other = thread::spawn({
+        let (partition, first) = (partition.clone(), first.clone());
+        move || {
+            let saved = partition.save().buses.len();
+            plug(&partition, INSTANCE, &first).unwrap();
+            done.send((saved, partition.buses().len())).unwrap();
+        }
+    });
+    let answer = is_done.recv_timeout(SOON);
+    leave.send(()).unwrap();
+    assert_eq!(answer, Ok((0, 1)), "save and plug wait for a worker thread");
+    other.join().unwrap();
+    let late_answer = held.join().unwrap();
+    assert!(matches!(late_answer, Err(PlugError::DuplicateId(_))));
+    // Nothing is left of it: its worker is gone, its device free, and who has the name undisturbed.
+    let live = || {
+        let workers = workers.workers.workers.lock().unwrap();
+        let names = workers.iter().filter_map(|(_, worker)| worker.upgrade());
+        let buses = names.filter(|worker| worker.name().starts_with("vpci-"));
+        buses.count()
+    };
+    assert_eq!(live(), 1);
+    let devices = || partition.iommu().unwrap().devices.len();
+    assert_eq!(devices(), 1);
+    let elsewhere = uuid!("00000001-1235-ab78-8000-000000000000");
+    plug(&partition, elsewhere, &late).unwrap();
+    assert_eq!((live(), devices(), partition.buses().len()), (2, 2, 2));
+    assert!(partition.remove(&INSTANCE));
+    assert_eq!((live(), devices(), partition.buses().len()), (1, 1, 1));
 }
