@@ -614,4 +614,4 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use state::{PartitionState, PartitionStateError, PluggedState};
+pub use state::{PartitionState, PartitionStateError, PluggedState, StateInHardware};

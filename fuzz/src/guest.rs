@@ -500,15 +500,25 @@ impl Guest {
         }
     }
 
+    /// The machine as plain data.
+    ///
+    /// # Panics
+    ///
+    /// If it has a function whose state is in hardware: none does.
+    pub fn save(&self) -> PartitionState {
+        let state = self.machine.partition.save();
+        state.expect("all functions are emulated")
+    }
+
     /// Saves the machine and goes on with another, made of what was saved over the same RAM.
     ///
     /// # Panics
     ///
     /// If what was saved is not taken, or is not the same when it is saved again.
     pub fn migrate(&mut self) {
-        let state = self.machine.partition.save();
+        let state = self.save();
         assert!(self.replace(&state), "refused as it was saved: {state:#x?}");
-        assert_eq!(self.machine.partition.save(), state);
+        assert_eq!(self.save(), state);
     }
 
     /// Goes on with another machine over the same RAM, made of a state that was saved, if it is

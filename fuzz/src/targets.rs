@@ -337,7 +337,7 @@ pub fn state(bytes: &[u8]) {
         guest.probe(0, 0x1_0001 + u32::from(stage >> 2) % 4);
     }
     run(&mut guest, &before);
-    let mut saved = guest.machine.partition.save();
+    let mut saved = guest.save();
     for edit in &edits {
         edit.apply(&mut saved);
     }

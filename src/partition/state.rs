@@ -1,6 +1,7 @@
 //! The partition as plain data, and back.
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::sync::{Arc, PoisonError};
 
 use uuid::Uuid;
@@ -52,6 +53,33 @@ pub struct PluggedState {
     pub rings: Option<RingsState>,
 }
 
+/// Functions of a bus whose state is in hardware of the host, which nobody reads: those of which the host's
+/// kernel delivers the interrupts or confines the DMA
+/// ([`PciFunction::host_vectors`](crate::vpci::function::PciFunction::host_vectors),
+/// [`PciFunction::dma_backend`](crate::vpci::function::PciFunction::dma_backend)).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the state of {} of bus {bus} is in hardware of the host, which is neither saved nor restored",
+    Named(functions)
+)]
+pub struct StateInHardware {
+    /// Instance GUID of the first bus that has some.
+    pub bus: Uuid,
+    /// Their numbers.
+    pub functions: Vec<u8>,
+}
+
+/// Functions by number, as people write them.
+struct Named<'a>(&'a [u8]);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers: Vec<_> = self.0.iter().map(u8::to_string).collect();
+        let plural = if numbers.len() == 1 { "" } else { "s" };
+        write!(f, "function{plural} {}", numbers.join(", "))
+    }
+}
+
 /// Why a saved partition was refused. The partition is then as after a reset.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PartitionStateError {
@@ -61,6 +89,9 @@ pub enum PartitionStateError {
     /// Other buses are plugged in here.
     #[error("the state is that of a partition with other buses")]
     Buses,
+    /// A function here would go on with a device that knows nothing of it.
+    #[error(transparent)]
+    InHardware(#[from] StateInHardware),
     /// A bus was refused.
     #[error("bus {instance}: {source}")]
     Bus {
@@ -89,8 +120,14 @@ pub enum PartitionStateError {
 impl Partition {
     /// The partition as plain data. No virtual CPU and no worker runs. What the VMBus worker owes
     /// to devices, such as closing one, is done first.
-    pub fn save(&self) -> PartitionState {
+    ///
+    /// # Errors
+    ///
+    /// [`StateInHardware`]; nothing has changed then. Take the bus away first, and plug it in again after
+    /// the restore.
+    pub fn save(&self) -> Result<PartitionState, StateInHardware> {
         let buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        none_in_hardware(&buses)?;
         // First: it may open or close buses.
         let vmbus = self.vmbus.save();
         let plugged = buses.iter().map(|Plugged { bus, .. }| PluggedState {
@@ -98,14 +135,14 @@ impl Partition {
             bus: bus.save(),
             rings: bus.save_rings(),
         });
-        PartitionState {
+        Ok(PartitionState {
             version: PartitionState::VERSION,
             buses: plugged.collect(),
             vmbus,
             synic: self.synic.save(),
             msrs: self.msrs.save(),
             iommu: self.iommu.as_ref().map(|iommu| iommu.save()),
-        }
+        })
     }
 
     /// Takes over a saved partition. This one was built with the same configuration and has the
@@ -133,6 +170,7 @@ impl Partition {
             return Err(PartitionStateError::Version(state.version));
         }
         let mut buses = self.buses.lock().unwrap_or_else(PoisonError::into_inner);
+        none_in_hardware(&buses)?;
         let by_instance = |instance: &Uuid| -> Option<&Arc<Bus>> {
             let mut all = buses.iter().map(|plugged| &plugged.bus);
             all.find(|bus| bus.config().instance == *instance)
@@ -191,4 +229,16 @@ impl Partition {
         }
         Ok(())
     }
+}
+
+/// Refuses functions whose state is not the library's and not a device model's.
+fn none_in_hardware(buses: &[Plugged]) -> Result<(), StateInHardware> {
+    for Plugged { bus, .. } in buses {
+        let functions = bus.hosted_functions();
+        if !functions.is_empty() {
+            let bus = bus.config().instance;
+            return Err(StateInHardware { bus, functions });
+        }
+    }
+    Ok(())
 }

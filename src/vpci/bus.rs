@@ -262,6 +262,12 @@ impl Bus {
         slots.map(|slot| self.id(slot.number)).collect()
     }
 
+    /// Numbers of the functions whose state is in hardware of the host.
+    pub(crate) fn hosted_functions(&self) -> Vec<u8> {
+        let slots = self.core.functions().filter(|slot| slot.is_hosted());
+        slots.map(|slot| slot.number).collect()
+    }
+
     /// The functions as the pvIOMMU must know them: those behind it with what makes their DMA obey.
     pub(crate) fn iommu_devices(
         &self,

@@ -272,13 +272,15 @@ pub trait PciFunction: Send + Sync + Debug {
     }
 
     /// The interrupts, if the host's kernel delivers them and the device does not call
-    /// [`InterruptLines::raise`]. Asked once, when the function is plugged in.
+    /// [`InterruptLines::raise`]. Asked once, when the function is plugged in. A partition with such a
+    /// function is not saved ([`StateInHardware`](crate::partition::StateInHardware)).
     fn host_vectors(&self) -> Option<Arc<dyn HostVectors>> {
         None
     }
 
     /// What makes the device's DMA obey its domain, if the device does not use the [`Dma`] that it is
-    /// given. Asked once, when the function is plugged in.
+    /// given. Asked once, when the function is plugged in. A partition with such a function is not saved
+    /// ([`StateInHardware`](crate::partition::StateInHardware)).
     fn dma_backend(&self) -> Option<Arc<dyn DeviceBackend>> {
         None
     }

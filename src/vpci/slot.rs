@@ -88,6 +88,8 @@ pub(crate) struct FunctionSlot {
     doorbell_registers: Vec<DoorbellRegister>,
     mapper: Option<Arc<dyn BarMapper>>,
     areas: [Vec<BarArea>; BAR_COUNT],
+    /// What makes the DMA of a device of the host obey.
+    backend: Option<Arc<dyn DeviceBackend>>,
     placement: Mutex<Placement>,
     /// The guest has had the function in its hands since the last reset.
     dirty: AtomicBool,
@@ -135,6 +137,7 @@ impl FunctionSlot {
             device.host_vectors(),
         ));
         let areas = areas(&layout, &*device)?;
+        let backend = device.dma_backend();
         let messages: Weak<Interrupts> = Arc::downgrade(&interrupts);
         dma.set_message_target(messages);
         Ok(Arc::new(Self {
@@ -149,6 +152,7 @@ impl FunctionSlot {
             doorbell_registers,
             mapper: host.bars.clone(),
             areas,
+            backend,
             placement: Mutex::default(),
             dirty: AtomicBool::new(false),
             refused_bars: AtomicU64::new(0),
@@ -212,10 +216,15 @@ impl FunctionSlot {
 
     /// What makes the function's DMA obey its domain.
     pub(crate) fn dma_backend(&self) -> Arc<dyn DeviceBackend> {
-        match self.device.dma_backend() {
-            Some(backend) => backend,
+        match &self.backend {
+            Some(backend) => backend.clone(),
             None => self.dma.clone(),
         }
+    }
+
+    /// True for a device of the host, whose state neither it nor the bus can tell.
+    pub(crate) fn is_hosted(&self) -> bool {
+        self.backend.is_some() || self.interrupts.are_hosted()
     }
 
     /// The pvIOMMU hears nothing of this function from now on.

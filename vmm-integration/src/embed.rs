@@ -567,22 +567,7 @@ impl Embedding {
     /// [`SaveError`]; nothing has changed.
     pub(crate) fn save(&self, stopped: &Stopped<'_>) -> Result<EmbeddingState, SaveError> {
         let devices = &stopped.devices;
-        for bus in self.partition.buses() {
-            for function in &bus.functions {
-                let place = (bus.instance, function.number);
-                if !devices
-                    .iter()
-                    .any(|device| (device.bus, device.function) == place)
-                {
-                    return Err(SaveError::Hardware {
-                        bus: bus.instance,
-                        function: function.number,
-                        kind: function.kind,
-                    });
-                }
-            }
-        }
-        let partition = self.partition.save();
+        let partition = self.partition.save()?;
         let mut saved = Vec::with_capacity(devices.len());
         for device in devices.iter() {
             let (bus, function) = (device.bus, device.function);

@@ -168,11 +168,11 @@ fn domains_and_attachments_are_part_of_the_saved_partition() {
     let mut guest = Guest::behind_iommu();
     guest.connect();
     guest.translate();
-    let state = guest.partition.save();
+    let state = guest.partition.save().unwrap();
     guest.partition.reset();
     assert!(guest.partition.iommu().unwrap().domains.is_empty());
     guest.partition.restore(&state).unwrap();
-    assert_eq!(guest.partition.save().iommu, state.iommu);
+    assert_eq!(guest.partition.save().unwrap().iommu, state.iommu);
     assert_eq!(guest.job(IOVA, IOVA + 0x1000), 0);
     assert_eq!(guest.copied(), [0x77; 64]);
     assert_eq!(guest.job(0x30000, 0x31000), 2);

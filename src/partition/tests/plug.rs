@@ -313,7 +313,7 @@ fn a_plug_that_waits_for_a_worker_thread_holds_up_nobody_and_may_come_too_late()
     let other = thread::spawn({
         let (partition, first) = (partition.clone(), first.clone());
         move || {
-            let saved = partition.save().buses.len();
+            let saved = partition.save().unwrap().buses.len();
             plug(&partition, INSTANCE, &first).unwrap();
             done.send((saved, partition.buses().len())).unwrap();
         }

@@ -4,8 +4,13 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::dma::DmaPort;
+use crate::pviommu::DeviceBackend;
 use crate::vmbus::VmBusStateError;
 use crate::vmbus::server::Phase;
+use crate::vpci::function::{
+    FunctionLayout, FunctionResources, HostVectors, InterruptMode, VectorRoute,
+};
 
 /// What the guest saw in a step.
 type Answer = Vec<u8>;
@@ -206,8 +211,12 @@ impl Guest {
     /// The same guest on a partition of its own, which took over the state of this one. Triggers
     /// are not part of a state: whoever restores makes every worker look.
     fn migrate(self) -> Self {
-        let (state, device) = (self.partition.save(), self.device.save());
-        assert_eq!(self.partition.save(), state, "saving changes nothing");
+        let (state, device) = (self.partition.save().unwrap(), self.device.save());
+        assert_eq!(
+            self.partition.save().unwrap(),
+            state,
+            "saving changes nothing"
+        );
         #[cfg(feature = "serde")]
         let (state, device) = serialised::through_json(&(state, device));
         let Self {
@@ -228,7 +237,11 @@ impl Guest {
         }
         guest.partition.restore(&state).unwrap();
         guest.device.restore(device).unwrap();
-        assert_eq!(guest.partition.save(), state, "nothing is lost or made up");
+        assert_eq!(
+            guest.partition.save().unwrap(),
+            state,
+            "nothing is lost or made up"
+        );
         // Not before: until here the kernel has every SINT masked.
         guest.give_kernel();
         (guest.rings, guest.signal, guest.transaction) = (rings, signal, transaction);
@@ -282,7 +295,7 @@ fn busy() -> Guest {
 fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
     type Change = fn(&mut PartitionState);
     let source = busy();
-    let good = source.partition.save();
+    let good = source.partition.save().unwrap();
     let changes: &[(Change, &str)] = &[
         (|state| state.version = 2, "version 2"),
         (|state| state.buses.clear(), "other buses"),
@@ -338,10 +351,10 @@ fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
         let mut state = good.clone();
         change(&mut state);
         let guest = Guest::new();
-        let pristine = guest.partition.save();
+        let pristine = guest.partition.save().unwrap();
         let error = guest.partition.restore(&state).unwrap_err().to_string();
         assert!(error.contains(words), "'{words}' in: {error}");
-        let mut after = guest.partition.save();
+        let mut after = guest.partition.save().unwrap();
         // A reset does not take back what was given out.
         after.vmbus.server.next_id = pristine.vmbus.server.next_id;
         assert_eq!(after.msrs, pristine.msrs, "{words}");
@@ -356,7 +369,7 @@ fn a_state_that_cannot_be_is_refused_and_leaves_a_partition_as_after_a_reset() {
 
 #[test]
 fn a_state_does_not_fit_a_partition_with_another_bus() {
-    let state = busy().partition.save();
+    let state = busy().partition.save().unwrap();
     let guest = Guest::new();
     let device = TestDevice::new(3, &*guest.host).unwrap();
     let spec = BusSpec {
@@ -376,14 +389,14 @@ fn a_state_does_not_fit_a_partition_with_another_bus() {
 #[test]
 fn a_bus_that_was_removed_there_does_not_fit_one_that_is_plugged_in() {
     let guest = busy();
-    let mut state = guest.partition.save();
+    let mut state = guest.partition.save().unwrap();
     let bus = state.buses[0].clone();
     assert!(guest.partition.remove(&INSTANCE));
     guest.host.run();
-    state.vmbus = guest.partition.save().vmbus;
+    state.vmbus = guest.partition.save().unwrap().vmbus;
     // Plugged in and unused, while its channel is one that the guest is to give back.
     state.buses = vec![PluggedState {
-        bus: Guest::new().partition.save().buses[0].bus.clone(),
+        bus: Guest::new().partition.save().unwrap().buses[0].bus.clone(),
         rings: None,
         ..bus
     }];
@@ -437,7 +450,7 @@ fn a_restored_guest_is_signalled_on_each_open_channel_when_workers_run() {
 
 #[test]
 fn a_state_that_has_one_bus_twice_does_not_fit_two_buses() {
-    let mut state = busy().partition.save();
+    let mut state = busy().partition.save().unwrap();
     let twice = state.buses[0].clone();
     state.buses.push(twice);
     let guest = Guest::new();
@@ -459,7 +472,7 @@ fn a_bus_can_be_removed_after_a_migration_and_a_removed_one_stays_removed() {
     assert!(guest.partition.remove(&INSTANCE));
     guest.host.run();
     assert_eq!(word(&guest.expect_message(2), 0), 2);
-    let state = guest.partition.save();
+    let state = guest.partition.save().unwrap();
     let ram = guest.ram.clone();
     drop(guest);
     let next = Guest::over(ram);
@@ -471,8 +484,107 @@ fn a_bus_can_be_removed_after_a_migration_and_a_removed_one_stays_removed() {
     assert!(next.partition.remove(&INSTANCE));
     next.host.run();
     next.partition.restore(&state).unwrap();
-    assert_eq!(next.partition.save(), state);
+    assert_eq!(next.partition.save().unwrap(), state);
     assert!(next.partition.buses().is_empty());
+}
+
+/// A device whose state is, in part, with the host.
+#[derive(Debug)]
+struct Hosted {
+    device: Arc<TestDevice>,
+    vectors: bool,
+    backend: Option<Arc<DmaPort>>,
+}
+
+impl PciFunction for Hosted {
+    fn layout(&self) -> FunctionLayout {
+        self.device.layout()
+    }
+    fn connect(&self, resources: FunctionResources) {
+        self.device.connect(resources);
+    }
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        self.device.bar_read(bar, offset, data);
+    }
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        self.device.bar_write(bar, offset, data);
+    }
+    fn host_vectors(&self) -> Option<Arc<dyn HostVectors>> {
+        self.vectors.then(|| Arc::new(NoVectors) as _)
+    }
+    fn dma_backend(&self) -> Option<Arc<dyn DeviceBackend>> {
+        self.backend.clone().map(|backend| backend as _)
+    }
+    fn reset(&self) {
+        self.device.reset();
+    }
+}
+
+/// A host that delivers nothing.
+#[derive(Debug)]
+struct NoVectors;
+
+impl HostVectors for NoVectors {
+    fn set_mode(&self, _mode: InterruptMode) {}
+    fn route(&self, _vector: u16, _to: VectorRoute) {}
+    fn is_pending(&self, _vector: u16) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_function_whose_state_is_in_hardware_is_neither_saved_nor_restored() {
+    let other = uuid!("00000003-0002-0008-8000-000000000000");
+    let plug = |guest: &Guest, hosted: bool| {
+        let function = |number, vectors: bool, backend: bool| {
+            let device = Hosted {
+                device: TestDevice::new(9, &*guest.host).unwrap(),
+                vectors: hosted && vectors,
+                backend: (hosted && backend).then(|| DmaPort::new(guest.ram.clone())),
+            };
+            FunctionSpec::new(number, Arc::new(device))
+        };
+        let spec = BusSpec {
+            instance: other,
+            functions: vec![
+                function(0, false, false),
+                function(1, true, false),
+                function(5, false, true),
+            ],
+        };
+        guest.partition.plug(spec).unwrap();
+    };
+    let guest = busy();
+    plug(&guest, true);
+    let refused = |functions: &[u8]| StateInHardware {
+        bus: other,
+        functions: functions.to_vec(),
+    };
+    let error = guest.partition.save().unwrap_err();
+    assert_eq!(error, refused(&[1, 5]));
+    let words = error.to_string();
+    assert!(words.contains(&format!("functions 1, 5 of bus {other} ")));
+    // The guest goes on; it is told of the other bus.
+    guest.host.run();
+    assert_eq!(guest.copy(0x77), [Msi::fixed(1, 0x41)]);
+    assert!(guest.partition.remove_function(&other, 1).is_ok());
+    assert_eq!(guest.partition.save(), Err(refused(&[5])));
+    assert!(guest.partition.remove(&other));
+    guest.partition.save().unwrap();
+
+    let emulated = busy();
+    plug(&emulated, false);
+    let state = emulated.partition.save().unwrap();
+    let next = Guest::new();
+    plug(&next, true);
+    assert_eq!(
+        next.partition.restore(&state),
+        Err(PartitionStateError::InHardware(refused(&[1, 5])))
+    );
+    assert!(!next.partition.buses()[0].open, "as after a reset");
+    assert!(next.partition.remove(&other));
+    plug(&next, false);
+    next.partition.restore(&state).unwrap();
 }
 
 #[cfg(feature = "serde")]

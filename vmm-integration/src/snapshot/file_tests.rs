@@ -93,7 +93,7 @@ fn state(ram: &Ram) -> MachineSnapshot {
         ports: PortsState::default(),
         embedding: EmbeddingState {
             reference_time: 5,
-            partition: Partition::new(config, host).unwrap().save(),
+            partition: Partition::new(config, host).unwrap().save().unwrap(),
             devices: Vec::new(),
         },
     }

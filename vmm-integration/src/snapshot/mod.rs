@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vm_vpci::devices::testdev::TestDeviceState;
 use vm_vpci::devices::virtio::{BlkState, VirtioState, VirtioStateError};
-use vm_vpci::partition::{PartitionState, PartitionStateError};
+use vm_vpci::partition::{PartitionState, PartitionStateError, StateInHardware};
 
 use crate::ports::PortsState;
 use crate::vcpu_saved::SavedVcpu;
@@ -126,18 +126,8 @@ pub(crate) enum SaveError {
     #[error("the guest is resetting the machine or powering it off: try again")]
     Ending,
     /// The state of a function is in hardware.
-    #[error(
-        "function {function} of bus {bus} ({kind}) cannot be saved, because its state is in the \
-         hardware: eject the bus first, and plug it in again after the restore"
-    )]
-    Hardware {
-        /// Instance GUID.
-        bus: Uuid,
-        /// Function number.
-        function: u8,
-        /// What it is.
-        kind: &'static str,
-    },
+    #[error("{0}: eject the bus first, and plug it in again after the restore")]
+    Hardware(#[from] StateInHardware),
     /// A device is at work though its worker stands still.
     #[error("function {function} of bus {bus}: {source}")]
     Device {
@@ -216,6 +206,9 @@ pub(crate) enum RestoreError {
         /// Function number.
         function: u8,
     },
+    /// The state of a function that the command line has is in hardware.
+    #[error("{0}: plug it in after the restore")]
+    Hardware(#[source] StateInHardware),
     /// A device refuses its state.
     #[error("function {function} of bus {bus}: {reason}")]
     Device {
@@ -228,7 +221,7 @@ pub(crate) enum RestoreError {
     },
     /// The library refuses its state.
     #[error(transparent)]
-    Partition(#[from] PartitionStateError),
+    Partition(PartitionStateError),
     /// The serial port cannot be so.
     #[error("the state of the serial port is impossible")]
     Serial,
@@ -244,6 +237,15 @@ pub(crate) enum RestoreError {
         /// Guest physical address.
         gpa: u64,
     },
+}
+
+impl From<PartitionStateError> for RestoreError {
+    fn from(error: PartitionStateError) -> Self {
+        match error {
+            PartitionStateError::InHardware(functions) => Self::Hardware(functions),
+            other => Self::Partition(other),
+        }
+    }
 }
 
 impl MachineSnapshot {

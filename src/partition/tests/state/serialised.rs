@@ -70,7 +70,7 @@ proptest! {
         for step in &STEPS[..at] {
             step(&mut source, &mut found);
         }
-        let state = (source.partition.save(), source.device.save());
+        let state = (source.partition.save().unwrap(), source.device.save());
         let gone = state.0.buses.is_empty();
         let mut value = serde_json::to_value(&state).unwrap();
         for (place, how, number) in changes {
@@ -95,7 +95,7 @@ proptest! {
         let _ = guest.device.restore(device);
         if taken {
             guest.host.run();
-            let again = guest.partition.save();
+            let again = guest.partition.save().unwrap();
             prop_assert!(guest.partition.restore(&again).is_ok(), "not its own state");
         }
         // It can be used, or used again.
