@@ -55,8 +55,8 @@ impl Machine {
         unsafe { vm.set_user_memory_region(region)? };
         let ram = GuestRam::new(&memory);
         let (partition, _) = guest::partition(ram, Arc::new(Interrupts::default()));
-        let _effect = partition.write_msr(0, 0x4000_0000, 0x8100 << 48);
-        let _effect = partition.write_msr(0, 0x4000_0001, CALL_PAGE | 1);
+        let _effect = partition.write_msr_forwarding(0, 0x4000_0000, 0x8100 << 48, &mut |_, _| {});
+        let _effect = partition.write_msr_forwarding(0, 0x4000_0001, CALL_PAGE | 1, &mut |_, _| {});
         let mut page = [0; 7];
         memory.read_slice(&mut page, GuestAddress(CALL_PAGE))?;
         let port = page

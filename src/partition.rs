@@ -320,17 +320,9 @@ impl Partition {
     }
 
     /// A guest write of an MSR of 0x40000000..=0x400001FF on VP `vp`. The effect says what the VMM
-    /// has to do besides.
-    ///
-    /// # Errors
-    ///
-    /// [`GpFault`]: inject #GP(0).
-    pub fn write_msr(&self, vp: u32, msr: u32, value: u64) -> Result<MsrEffect, GpFault> {
-        self.write_msr_forwarding(vp, msr, value, &mut |_, _| {})
-    }
-
-    /// A guest write of an MSR in hybrid mode: `forward` puts what the host's kernel has a copy of
-    /// into that copy of the same VP. Without hybrid mode it is not called.
+    /// has to do besides. In hybrid mode `forward` puts what the host's kernel has a copy of into that
+    /// copy of the same VP; one that does not leaves the kernel with a SINT that is masked, for example,
+    /// and loses its interrupts. Without hybrid mode it is never called: `&mut |_, _| {}` will do.
     ///
     /// # Errors
     ///

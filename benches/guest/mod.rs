@@ -201,7 +201,8 @@ impl Guest {
     }
 
     fn set_msr(&self, msr: u32, value: u64) {
-        let effect = self.partition.write_msr(0, msr, value);
+        let partition = &self.partition;
+        let effect = partition.write_msr_forwarding(0, msr, value, &mut |_, _| {});
         let _ = effect.expect("an MSR that exists");
     }
 

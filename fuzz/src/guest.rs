@@ -275,14 +275,15 @@ impl Guest {
         ram.read(slot, &mut message).expect("RAM");
         store(ram, slot, 0);
         if message[5] & 1 != 0 {
-            let _ = self.machine.partition.write_msr(vp % VPS, 0x4000_0084, 0);
+            self.set_msr(vp % VPS, 0x4000_0084, 0);
         }
         let len = usize::from(message[4]).min(240);
         Some(message[16..16 + len].to_vec())
     }
 
     fn set_msr(&self, vp: u32, msr: u32, value: u64) {
-        let effect = self.machine.partition.write_msr(vp, msr, value);
+        let partition = &self.machine.partition;
+        let effect = partition.write_msr_forwarding(vp, msr, value, &mut |_, _| {});
         let _ = effect.expect("an MSR that exists");
     }
 

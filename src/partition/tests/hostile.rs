@@ -134,7 +134,8 @@ impl Cpu<'_> {
             }
             _ => (0x4000_0084, 0),
         };
-        let _ = self.guest.partition.write_msr(self.vp, msr, value);
+        let partition = &self.guest.partition;
+        let _ = partition.write_msr_forwarding(self.vp, msr, value, &mut |_, _| {});
     }
 
     fn message(&mut self) {

@@ -275,7 +275,8 @@ impl Guest for SimVm {
     }
 
     fn wrmsr(&self, vp: u32, msr: u32, value: u64) -> Result<(), Fault> {
-        match self.partition.write_msr(vp, msr, value) {
+        let partition = &self.partition;
+        match partition.write_msr_forwarding(vp, msr, value, &mut |_, _| {}) {
             Ok(_effect) => Ok(()),
             Err(_) => Err(exception(GENERAL_PROTECTION, Some(0), 0)),
         }
