@@ -499,6 +499,12 @@ impl Partition {
     /// A guest that was not asked before ([`Self::eject_function`]), or did not answer, keeps a driver
     /// on a device that reads all ones (docs/spec/vpci.md, section 5).
     ///
+    /// Memory of a device of the host that the VMM's [`BarMapper`] cannot unmap, tried once more when the
+    /// last user of the function is gone, stays within the guest's reach until the VM ends. That is
+    /// logged; the mapper keeps it in place, and so the host's device in use
+    /// ([`FunctionReport::failed_unmaps`](crate::vpci::FunctionReport::failed_unmaps) counts it while the
+    /// function is there).
+    ///
     /// # Errors
     ///
     /// [`EjectError`] but `Busy`; nothing has changed then.
@@ -522,7 +528,7 @@ impl Partition {
     /// them, and hypercalls do not know them. The devices are dropped, whatever the guest does about it:
     /// what they hold is free as soon as no other thread is inside one of them. The guest is told by a
     /// rescinded offer; the instance GUID can be plugged in again when the guest has released the channel
-    /// (docs/spec/vpci.md, section 8).
+    /// (docs/spec/vpci.md, section 8). What cannot be unmapped stays, as in [`Self::remove_function`].
     ///
     /// False if no such bus is plugged in. Must not be called from a device's callback.
     pub fn remove(&self, instance: &Uuid) -> bool {

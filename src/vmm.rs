@@ -121,7 +121,8 @@ pub trait Doorbells: Send + Sync + Debug {
 /// placement lock of the function held.
 pub trait BarMapper: Send + Sync + Debug {
     /// Makes `len` bytes of `memory` from `offset` on appear at guest physical address `gpa`; all of them
-    /// multiples of the page size, and nothing else is there.
+    /// multiples of the page size, and nothing else is there, unless an [`unmap`](Self::unmap) has
+    /// failed: refuse then.
     ///
     /// # Errors
     ///
@@ -131,7 +132,9 @@ pub trait BarMapper: Send + Sync + Debug {
     ///
     /// # Errors
     ///
-    /// The host's error, which is logged.
+    /// The host's error, which is counted and logged; the guest reaches it as before, and the memory must
+    /// stay in place. This is called again: when the command register of the function is written, when it
+    /// is reset and when it goes, then for the last time.
     fn unmap(&self, gpa: u64) -> io::Result<()>;
 }
 

@@ -135,6 +135,10 @@ pub struct FunctionReport {
     pub bars: [Option<u64>; BAR_COUNT],
     /// BARs that could not be mapped where the guest wanted them.
     pub refused_bars: u64,
+    /// Times that memory of a device of the host could not be taken from the guest, which goes on reaching
+    /// it, with decode off too. It is tried again each time that the guest writes the command register,
+    /// and at a reset.
+    pub failed_unmaps: u64,
     /// Counts of DMA.
     pub dma: DmaCounters,
     /// The last DMA access that did not translate.
@@ -404,7 +408,8 @@ impl Bus {
     /// Takes the functions away from the guest at once, whatever it is doing (surprise removal,
     /// docs/spec/vpci.md#VP-8-02). When this returns no DMA of theirs is under way or to come, no
     /// interrupt is raised, config window and BARs read all ones, and the ring is not read any
-    /// more; for good. The caller revokes the offer.
+    /// more; for good, but for memory that cannot be unmapped ([`Bus::remove_function`]). The caller
+    /// revokes the offer.
     pub fn remove(&self) {
         lock(&self.channel).removed = true;
         self.close();
@@ -428,7 +433,11 @@ impl Bus {
     /// driver: ask first ([`Bus::eject_function`]), and come here when it has let go or its time is
     /// over.
     ///
-    /// The device is what this returns; it is connected to nothing any more.
+    /// The device is what this returns; it is connected to nothing any more. One exception is what the
+    /// VMM cannot undo: where [`BarMapper::unmap`] fails, and again when the function's last user is gone,
+    /// the guest goes on reaching that memory of a device of the host until the VM ends. That is logged.
+    /// The mapper has what it needs to keep the memory in place, and with it the host's device in use, so
+    /// that nobody else is given it.
     ///
     /// # Errors
     ///
@@ -487,6 +496,7 @@ impl Bus {
             live_messages: slot.interrupts.handles.live(),
             bars: slot.mapped_bars(),
             refused_bars: slot.refused_bars(),
+            failed_unmaps: slot.failed_unmaps(),
             dma: slot.dma.counters(),
             last_fault: slot.dma.last_fault(),
             iommu: slot.iommu_mode(),

@@ -56,6 +56,8 @@ struct Placement {
     doorbells: Vec<(Doorbell, usize)>,
     /// Where pieces of BARs are mapped into the guest.
     areas: Vec<u64>,
+    /// Where pieces are that could not be unmapped: the guest reaches them, whatever the registers say.
+    stuck: Vec<u64>,
 }
 
 /// A BAR that answers accesses; dropping it waits for those under way.
@@ -96,8 +98,10 @@ pub(crate) struct FunctionSlot {
     refused_bars: AtomicU64,
     /// Pieces of BARs that the VMM could not map into the guest.
     refused_areas: AtomicU64,
-    /// A piece of a BAR could not be taken out of the guest's reach.
+    /// A piece of a BAR could not be taken out of the guest's reach, and still is in it.
     in_reach: AtomicBool,
+    /// Times that a piece of a BAR could not be taken from the guest.
+    failed_unmaps: AtomicU64,
     /// Absent for a function that is not behind a pvIOMMU.
     link: Option<IommuLink>,
     /// The pvIOMMU knows this function by its id.
@@ -158,6 +162,7 @@ impl FunctionSlot {
             refused_bars: AtomicU64::new(0),
             refused_areas: AtomicU64::new(0),
             in_reach: AtomicBool::new(false),
+            failed_unmaps: AtomicU64::new(0),
             link,
             linked: AtomicBool::new(true),
         }))
@@ -285,6 +290,11 @@ impl FunctionSlot {
         self.refused_bars.load(Ordering::Relaxed)
     }
 
+    /// Times that a piece of a BAR could not be taken from the guest.
+    pub(crate) fn failed_unmaps(&self) -> u64 {
+        self.failed_unmaps.load(Ordering::Relaxed)
+    }
+
     /// The BARs that are mapped, and where.
     pub(crate) fn mapped_bars(&self) -> [Option<u64>; BAR_COUNT] {
         let placement = lock(&self.placement);
@@ -294,9 +304,11 @@ impl FunctionSlot {
     /// Takes the function out of the guest's hands: BARs unmapped, no DMA under way or to come, no
     /// interrupt mapped, device reset. `powered` says whether the guest may program it again.
     ///
-    /// Returns at once if the guest has not had it since the last reset.
+    /// Nothing else is done than to try again what could not be unmapped if the guest has not had it
+    /// since the last reset.
     pub(crate) fn reset(self: &Arc<Self>, powered: bool) {
         if !self.dirty.swap(powered, Ordering::AcqRel) {
+            self.unmap_stuck(&mut lock(&self.placement));
             return;
         }
         {
@@ -359,14 +371,15 @@ impl FunctionSlot {
             self.dma.set_master(master);
             self.device.set_bus_master(master);
         }
-        let mapped = placement.bars.iter().any(Option::is_some);
         if command & COMMAND_MEMORY == 0 && !mutant!("decode-off-keeps-bar") {
-            if mapped {
-                self.disconnect_doorbells(placement);
-                self.unmap_areas(placement);
-                placement.bars = Default::default();
-            }
-        } else if !mapped {
+            self.disconnect_doorbells(placement);
+            self.unmap_areas(placement);
+            placement.bars = Default::default();
+            return;
+        }
+        // Before anything is mapped, in whose place it may be.
+        self.unmap_stuck(placement);
+        if placement.bars.iter().all(Option::is_none) {
             for bar in 0..BAR_COUNT {
                 self.map_bar(placement, bar);
             }
@@ -448,14 +461,33 @@ impl FunctionSlot {
         }
     }
 
+    /// Takes the pieces of BARs from the guest, and what is left of earlier ones.
     fn unmap_areas(&self, placement: &mut Placement) {
+        placement.stuck.append(&mut placement.areas);
+        self.unmap_stuck(placement);
+    }
+
+    /// Takes from the guest what could not be taken before. What cannot be now either is tried again the
+    /// next time that the command register is written, at a reset, and when the function goes.
+    fn unmap_stuck(&self, placement: &mut Placement) {
         let Some(mapper) = &self.mapper else { return };
-        for gpa in placement.areas.drain(..) {
-            if let Err(error) = mapper.unmap(gpa) {
-                log::error!("BAR memory at {gpa:#x} stays mapped: {error}");
-                self.in_reach.store(true, Ordering::Release);
+        placement.stuck.retain(|gpa| {
+            let Err(error) = mapper.unmap(*gpa) else {
+                return false;
+            };
+            let count = self.failed_unmaps.fetch_add(1, Ordering::Relaxed) + 1;
+            // A guest can have it tried as often as it likes: log at powers of two.
+            if count.is_power_of_two() {
+                log::error!(
+                    "{} (function {}): BAR memory at {gpa:#x} stays mapped, {count} so far: {error}",
+                    self.layout.kind,
+                    self.number
+                );
             }
-        }
+            true
+        });
+        let left = !placement.stuck.is_empty();
+        self.in_reach.store(left, Ordering::Release);
     }
 
     fn disconnect_doorbells(&self, placement: &mut Placement) {
@@ -468,6 +500,13 @@ impl FunctionSlot {
                 log::warn!("doorbell {doorbell:?} stays connected: {error}");
             }
         }
+    }
+}
+
+impl Drop for FunctionSlot {
+    fn drop(&mut self) {
+        // The last one who could: nobody else knows what is left.
+        self.unmap_areas(&mut lock(&self.placement));
     }
 }
 

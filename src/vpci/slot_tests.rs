@@ -174,6 +174,8 @@ fn device_memory(len: usize) -> DeviceMemory {
 struct Window {
     live: Mutex<Vec<(u64, u64, u64)>>,
     fail: AtomicBool,
+    /// Refuse to unmap this often.
+    keep: AtomicU64,
 }
 
 impl BarMapper for Window {
@@ -187,6 +189,11 @@ impl BarMapper for Window {
     }
 
     fn unmap(&self, gpa: u64) -> io::Result<()> {
+        let keep = self.keep.load(Ordering::SeqCst);
+        if keep > 0 {
+            self.keep.store(keep - 1, Ordering::SeqCst);
+            return Err(io::Error::other("out of memory"));
+        }
         let mut live = lock(&self.live);
         let before = live.len();
         live.retain(|(other, ..)| *other != gpa);
@@ -602,6 +609,78 @@ fn memory_that_cannot_be_mapped_answers_as_mmio() {
     rig.place(BAR0 as u32, 0x1000);
     rig.write(4, 2);
     assert!(lock(&rig.window.live).is_empty());
+}
+
+#[test]
+fn memory_that_cannot_be_unmapped_is_not_forgotten() {
+    let mapped = || {
+        let rig = rig_of(Probe {
+            direct: vec![(0, 0x1000), (0x3000, 0x1000)],
+            ..Probe::default()
+        });
+        rig.slot.set_powered(true);
+        rig.place(BAR0 as u32, HIGH);
+        rig.write(4, 2);
+        rig.window.keep.store(1, Ordering::SeqCst);
+        rig
+    };
+    let places = |window: &Window| -> Vec<u64> {
+        let live = lock(&window.live);
+        live.iter().map(|(gpa, ..)| *gpa).collect()
+    };
+    type Way = fn(&Rig);
+    // Each way to take it away, and whatever may come next.
+    let ways: [(Way, Way, &[u64]); 6] = [
+        (|rig| rig.write(4, 0), |rig| rig.write(4, 4), &[]),
+        (|rig| rig.write(4, 0), |rig| rig.slot.reset(false), &[]),
+        (|rig| rig.slot.reset(true), |rig| rig.slot.reset(true), &[]),
+        // Nobody has had it in between.
+        (
+            |rig| rig.slot.reset(false),
+            |rig| rig.slot.reset(false),
+            &[],
+        ),
+        (
+            |rig| rig.slot.assign_bars([0; 6]),
+            |rig| rig.slot.set_memory_decode(false),
+            &[],
+        ),
+        // The same place, of which it must be gone first.
+        (
+            |rig| rig.write(4, 0),
+            |rig| rig.write(4, 2),
+            &[HIGH, HIGH + 0x3000],
+        ),
+    ];
+    for (away, next, expected) in ways {
+        let rig = mapped();
+        away(&rig);
+        assert_eq!(places(&rig.window), [HIGH], "the other one is gone");
+        assert_eq!(rig.slot.failed_unmaps(), 1);
+        next(&rig);
+        assert_eq!(places(&rig.window), expected);
+        assert_eq!(rig.slot.failed_unmaps(), 1);
+        rig.slot.reset(false);
+        assert!(places(&rig.window).is_empty());
+    }
+    // While it stays, what else there is comes and goes as ever.
+    let rig = mapped();
+    rig.window.keep.store(2, Ordering::SeqCst);
+    rig.slot.assign_bars([BAR0, 0, HIGH + 0x4000, 0, 0, 0]);
+    assert_eq!(places(&rig.window), [HIGH, HIGH + 0x3000]);
+    rig.window.keep.store(1, Ordering::SeqCst);
+    rig.write(4, 2);
+    assert_eq!(places(&rig.window), [HIGH, HIGH + 0x4000, HIGH + 0x7000]);
+    assert_eq!(rig.slot.failed_unmaps(), 3);
+    rig.write(4, 6);
+    assert_eq!(places(&rig.window), [HIGH + 0x4000, HIGH + 0x7000]);
+    // At the latest when the function is gone.
+    rig.window.keep.store(2, Ordering::SeqCst);
+    rig.slot.reset(false);
+    let Rig { slot, window, .. } = rig;
+    assert_eq!(places(&window), [HIGH + 0x4000, HIGH + 0x7000]);
+    drop(slot);
+    assert!(places(&window).is_empty());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use vm_vpci::backend::shadow::ShadowCounters;
 use vm_vpci::partition::PartitionCounters;
 use vm_vpci::pviommu::IommuCounters;
-use vm_vpci::vpci::bus::BusReport;
+use vm_vpci::vpci::bus::{BusReport, FunctionReport};
 
 /// All counters, as `layer.counter`.
 pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
@@ -69,7 +69,10 @@ pub(crate) fn by_name(counters: &PartitionCounters) -> BTreeMap<String, u64> {
 /// The counters of buses, as `vpci.counter`: those of all that are plugged in, together.
 pub(crate) fn buses_by_name(buses: &[BusReport]) -> BTreeMap<String, u64> {
     let sum = |count: fn(&BusReport) -> u64| buses.iter().map(count).sum();
-    let functions = |bus: &BusReport| bus.functions.iter().map(|f| f.refused_bars).sum::<u64>();
+    let functions = |count: fn(&FunctionReport) -> u64| {
+        let all = buses.iter().flat_map(|bus| &bus.functions);
+        all.map(count).sum()
+    };
     [
         ("vpci.requests", sum(|bus| bus.protocol.requests)),
         ("vpci.refused", sum(|bus| bus.protocol.refused)),
@@ -86,7 +89,8 @@ pub(crate) fn buses_by_name(buses: &[BusReport]) -> BTreeMap<String, u64> {
             sum(|bus| bus.protocol.exhausted_interrupts),
         ),
         ("vpci.corrupt_rings", sum(|bus| bus.corrupt_rings)),
-        ("vpci.refused_bars", buses.iter().map(functions).sum()),
+        ("vpci.refused_bars", functions(|f| f.refused_bars)),
+        ("vpci.failed_unmaps", functions(|f| f.failed_unmaps)),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
