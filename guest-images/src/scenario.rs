@@ -159,6 +159,9 @@ pub enum Mode {
     /// As [`Mode::Rebind`], but the VMM takes each bus of test devices away by surprise and plugs it in
     /// again. Drivers of virtio devices do not survive that (docs/testing.md).
     Surprise,
+    /// As [`Mode::Eject`] with devices of L1, but nobody tells the VMM: L1 unbinds the first device of
+    /// each bus from vfio-pci, and binds it again before the bus is plugged in.
+    HostUnbind,
     /// Only the first bus is there at first. Under load on its disk the VMM plugs the others in and
     /// ejects them, [`Run::repeat`] times, and leaves them in; then what [`Mode::Short`] does.
     Hotplug,
@@ -184,7 +187,12 @@ impl Mode {
     pub fn is_controlled(self) -> bool {
         matches!(
             self,
-            Mode::Eject | Mode::EjectFunction | Mode::Surprise | Mode::Hotplug | Mode::ReuseId
+            Mode::Eject
+                | Mode::EjectFunction
+                | Mode::Surprise
+                | Mode::HostUnbind
+                | Mode::Hotplug
+                | Mode::ReuseId
         )
     }
 
@@ -201,6 +209,7 @@ impl Mode {
             Mode::Eject => "eject",
             Mode::EjectFunction => "eject-function",
             Mode::Surprise => "surprise",
+            Mode::HostUnbind => "host-unbind",
             Mode::Hotplug => "hotplug",
             Mode::ReuseId => "reuse-id",
             Mode::Kexec => "kexec",
@@ -226,6 +235,7 @@ impl FromStr for Mode {
             Mode::Eject,
             Mode::EjectFunction,
             Mode::Surprise,
+            Mode::HostUnbind,
             Mode::Hotplug,
             Mode::ReuseId,
             Mode::Kexec,

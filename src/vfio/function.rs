@@ -154,6 +154,17 @@ impl VfioFunction {
     }
 }
 
+/// Says what it means that a device cannot be reset now: no more than a try is made, because who has it
+/// locked may wait for this process (pci_try_reset_function, drivers/pci/pci.c).
+fn explain(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => io::Error::other(
+            "the host's kernel has the device locked, as it does while its driver is unbound",
+        ),
+        _ => error,
+    }
+}
+
 /// The pieces of a BAR that the host maps, cut to whole pages.
 fn map(device: &VfioDevice, bar: usize) -> io::Result<Vec<BarArea>> {
     let mut areas = Vec::new();
@@ -224,10 +235,23 @@ impl PciFunction for VfioFunction {
         if self.device.can_reset()
             && let Err(error) = self.device.reset()
         {
-            self.failed("a reset", &error);
+            self.failed("a reset", &explain(error));
         }
         if let Err(error) = self.update_command(COMMAND_MASTER, false) {
             self.failed("writing its command register", &error);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_being_unbound_says_why_it_is_not_reset() {
+        let locked = explain(io::Error::from_raw_os_error(libc::EAGAIN)).to_string();
+        assert!(locked.contains("unbound"), "{locked}");
+        let other = explain(io::Error::from_raw_os_error(libc::ENOTTY));
+        assert_eq!(other.raw_os_error(), Some(libc::ENOTTY));
     }
 }

@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -47,7 +48,9 @@ use crate::error::Error;
 use crate::incarnation::{Incarnation, Incarnations};
 use crate::layout::{LOW_WINDOW, Layout, Range};
 use crate::memory::PluggedRam;
+use crate::notices::Notice;
 use crate::passthrough::PassThrough;
+use crate::recall::{self, Asked};
 use crate::report::{DmaReport, DomainReport, FirstStageReport, FunctionReport, VectorReport};
 use crate::snapshot::{DeviceState, EmbeddingState, RestoreError, SaveError, SavedDevice};
 use crate::spec::{self, Kind, PlacedFunction, domain_hint, logical_id};
@@ -361,6 +364,7 @@ impl Embedding {
             .clone()
             .map(|shadow| Arc::new(ShadowBackend(shadow)) as _);
         let passthrough = PassThrough::new(vm, guest_ram.clone(), routes, first_gsi, carrier);
+        let passthrough = passthrough.map_err(Error::host("an epoll descriptor"))?;
         if functions.iommu {
             let told = IommuConfig {
                 physical_bits: layout.address_bits,
@@ -700,6 +704,16 @@ impl Embedding {
         Ok(self.incarnations().of(bus))
     }
 
+    /// A descriptor that can be read from when [`notices`](Self::notices) has something to tell.
+    pub(crate) fn notices_fd(&self) -> RawFd {
+        self.passthrough.notices_fd()
+    }
+
+    /// What the host has said of its devices since the last call.
+    pub(crate) fn notices(&self) -> Vec<Notice> {
+        self.passthrough.notices()
+    }
+
     /// Takes one function of a bus away at once; its device ends here.
     ///
     /// # Errors
@@ -836,6 +850,7 @@ impl Embedding {
         counters.extend(counters::buses_by_name(&self.partition.buses()));
         counters.insert("msi.undelivered".into(), self.msi.undelivered());
         counters.insert("vfio.failures".into(), self.passthrough.failures());
+        counters.insert("vfio.errors".into(), self.passthrough.errors());
         if let Some(iommu) = self.partition.iommu() {
             counters.extend(counters::iommu_by_name(&iommu.counters));
         }
@@ -846,6 +861,25 @@ impl Embedding {
             counters.insert("kvm.sints_lost".into(), lines.lost());
         }
         counters
+    }
+}
+
+impl recall::Functions for Embedding {
+    fn ask_back(&self, bus: &Uuid, function: u8, done: Ejected) -> Result<Asked, UnplugError> {
+        // Function 0, which the only one of a bus is, goes with the bus.
+        let function = (function != 0).then_some(function);
+        let incarnation = match function {
+            None => self.eject(bus, done)?,
+            Some(function) => self.eject_function(bus, function, done)?,
+        };
+        Ok(Asked {
+            function,
+            incarnation,
+        })
+    }
+
+    fn take_back(&self, bus: &Uuid, asked: Asked) -> Result<(), UnplugError> {
+        self.remove_ejected(bus, asked.function, asked.incarnation)
     }
 }
 

@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvm_bindings::kvm_irq_routing_entry;
@@ -18,6 +21,7 @@ use vm_vpci::vfio::{
 };
 
 use crate::layout::BAR_SLOTS;
+use crate::notices::{About, Notice, Notices, Watch};
 use crate::spec::{DmaMode, HostDevice, Kind, PlacedFunction};
 
 /// Why a device of the host is no function.
@@ -54,30 +58,40 @@ pub(crate) struct PassThrough {
     /// Devices that were opened to find that out.
     opened: Mutex<BTreeMap<String, Arc<VfioDevice>>>,
     functions: Mutex<Vec<PassedThrough>>,
+    notices: Notices,
+    /// Errors of devices that the host has told of.
+    errors: AtomicU64,
 }
 
 /// A function that is a device of the host, as long as it lives.
 #[derive(Debug)]
 struct PassedThrough {
+    address: String,
     bus: Uuid,
     number: u8,
     function: Weak<VfioFunction>,
     /// Of a function behind the pvIOMMU.
     carrier: Option<Carrier>,
+    /// What the host says of it.
+    watch: Watch,
 }
 
 impl PassThrough {
     /// For a VM with this RAM, whose table of interrupt routes has the entries `routes` on GSIs below
     /// `first_gsi`.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
     pub(crate) fn new(
         vm: &Arc<VmFd>,
         ram: GuestRam,
         routes: Vec<kvm_irq_routing_entry>,
         first_gsi: u32,
         shadow: Option<Arc<dyn PagedBackend>>,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let table = KvmRoutes::new(vm.clone(), routes, first_gsi, DEFAULT_MAX_LINES);
-        Self {
+        Ok(Self {
             host: VfioHost::new(ram),
             lines: Arc::new(KvmLines::new(vm.clone(), Arc::new(table))),
             bars: Arc::new(KvmBarMapper::new(vm.clone(), BAR_SLOTS)),
@@ -85,7 +99,9 @@ impl PassThrough {
             guest: OnceLock::new(),
             opened: Mutex::default(),
             functions: Mutex::default(),
-        }
+            notices: Notices::new()?,
+            errors: AtomicU64::new(0),
+        })
     }
 
     /// What the guest is to be told of its tables: `config`, and no more than the IOMMUs walk that
@@ -148,16 +164,51 @@ impl PassThrough {
                 _ => log::warn!("{address}: first-stage domains are {carrier}"),
             }
         }
+        let connect = |irq, fd: BorrowedFd<'_>| connect(&opened, irq, fd);
+        let watch = self.notices.watch(address, connect);
         let function = VfioFunction::new(opened, dma, self.lines.clone())?;
         let mut functions = lock(&self.functions);
         functions.retain(|known| known.function.strong_count() > 0);
         functions.push(PassedThrough {
+            address: address.clone(),
             bus: placed.bus,
             number: placed.function,
             function: Arc::downgrade(&function),
             carrier,
+            watch,
         });
         Ok(function)
+    }
+
+    /// A descriptor that can be read from when [`notices`](Self::notices) has something to tell.
+    pub(crate) fn notices_fd(&self) -> RawFd {
+        self.notices.as_raw_fd()
+    }
+
+    /// What the host has said of the devices since the last call.
+    pub(crate) fn notices(&self) -> Vec<Notice> {
+        let mut functions = lock(&self.functions);
+        functions.retain(|known| known.function.strong_count() > 0);
+        let mut notices = Vec::new();
+        for known in &*functions {
+            notices.extend(known.watch.take().map(|about| Notice {
+                device: known.address.clone(),
+                bus: known.bus,
+                function: known.number,
+                about,
+            }));
+        }
+        let errors = notices.iter().map(|notice| match notice.about {
+            About::Errors(count) => count,
+            About::Wanted => 0,
+        });
+        self.errors.fetch_add(errors.sum(), Ordering::Relaxed);
+        notices
+    }
+
+    /// Errors of devices that the host has told of.
+    pub(crate) fn errors(&self) -> u64 {
+        self.errors.load(Ordering::Relaxed)
     }
 
     /// What carries the first-stage domains of a function behind the pvIOMMU that is a device of the
@@ -179,6 +230,15 @@ impl PassThrough {
             .filter_map(|known| known.function.upgrade());
         live.map(|function| function.failures()).sum()
     }
+}
+
+/// Has an interrupt of a device signal an eventfd; false if it has no such interrupt.
+fn connect(device: &VfioDevice, irq: u32, fd: BorrowedFd<'_>) -> io::Result<bool> {
+    if device.irq_info(irq)?.count == 0 {
+        return Ok(false);
+    }
+    device.set_irqs(irq, 0, &[Some(fd)])?;
+    Ok(true)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -6,11 +6,12 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::Kvm;
 
-use crate::api::{MachineState, Order, Orders, Refusal, RefusalKind, Server};
+use crate::api::{EJECT_TIMEOUT_S, MachineState, Order, Orders, Refusal, RefusalKind, Server};
 use crate::cli::RunArgs;
 use crate::console::RawTerminal;
 use crate::control::{GuestEvent, ResetCause};
@@ -18,6 +19,8 @@ use crate::embed::Functions;
 use crate::error::Error;
 use crate::kernel::{self, BootSource};
 use crate::machine::{Machine, MachineConfig};
+use crate::notices::{About, Notice};
+use crate::recall::Recalls;
 use crate::report::{self, End, Report};
 use crate::signals::{Signal, Signals, install_kick_handler};
 use crate::snapshot::{Reader, RestoreError};
@@ -70,11 +73,15 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
     let mut subscribers =
         EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(|error| event_error(&error))?;
     let orders = Arc::new(Orders::new().map_err(Error::host("an eventfd"))?);
+    let patience = Duration::from_secs(EJECT_TIMEOUT_S.into());
+    let mut recalls = Recalls::new(patience).map_err(Error::host("an eventfd"))?;
     subscribers.add_subscriber(Box::new(Wake {
         fds: vec![
             signals.as_raw_fd(),
             machine.shared().control.as_raw_fd(),
             orders.as_raw_fd(),
+            machine.shared().embedding.notices_fd(),
+            recalls.as_raw_fd(),
         ],
     }));
     subscribers.add_subscriber(Box::new(pump));
@@ -87,11 +94,16 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Error> {
             api.start(machine.shared().clone(), orders.clone())
                 .map_err(Error::host("a thread"))?;
         }
-        let mut wait = || {
-            let result = subscribers.run().map(|_| ());
-            result.map_err(|error| event_error(&error))
+        let mut wait = |longest: Option<Duration>| {
+            let result = subscribers.run_with_timeout(milliseconds(longest));
+            result.map(drop).map_err(|error| event_error(&error))
         };
-        drive(&machine, &signals, &orders, &mut wait, &mut resets)
+        let outside = Outside {
+            signals: &signals,
+            orders: &orders,
+            recalls: &mut recalls,
+        };
+        drive(&machine, outside, &mut wait, &mut resets)
     };
     machine.pause();
     if let Some(path) = &args.report {
@@ -114,17 +126,36 @@ fn open_kvm(path: &std::ffi::CStr) -> Result<Kvm, Error> {
     })
 }
 
+/// A longest wait as epoll takes it: not a moment too short, or the loop would turn idly.
+fn milliseconds(longest: Option<Duration>) -> i32 {
+    longest.map_or(-1, |longest| {
+        let whole = longest.as_micros().div_ceil(1000);
+        i32::try_from(whole).unwrap_or(i32::MAX)
+    })
+}
+
+/// Who else directs the machine, or wants something of it.
+struct Outside<'a> {
+    signals: &'a Signals,
+    orders: &'a Orders,
+    recalls: &'a mut Recalls,
+}
+
 /// The main thread's loop: signals, and what the guest asks of the machine.
 fn drive(
     machine: &Machine,
-    signals: &Signals,
-    orders: &Orders,
-    wait: &mut dyn FnMut() -> Result<(), Error>,
+    outside: Outside<'_>,
+    wait: &mut dyn FnMut(Option<Duration>) -> Result<(), Error>,
     resets: &mut u32,
 ) -> Result<End, Error> {
+    let Outside {
+        signals,
+        orders,
+        recalls,
+    } = outside;
     let mut state = MachineState::Running;
     loop {
-        wait()?;
+        wait(recalls.longest_wait(Instant::now()))?;
         while let Some(signal) = signals.next() {
             match signal {
                 Signal::Stop(name) => return Err(Error::Interrupted(name)),
@@ -163,6 +194,7 @@ fn drive(
         if state == MachineState::Ending {
             return Ok(End::Quit);
         }
+        heed(machine, recalls);
         let mut reset = None;
         for event in machine.shared().control.take_events() {
             match event {
@@ -191,6 +223,29 @@ fn drive(
             }
         }
     }
+}
+
+/// Does what the host asks of its devices.
+fn heed(machine: &Machine, recalls: &mut Recalls) {
+    let embedding = &machine.shared().embedding;
+    let now = Instant::now();
+    for notice in embedding.notices() {
+        let Notice {
+            device,
+            bus,
+            function,
+            about,
+        } = notice;
+        match about {
+            About::Wanted => recalls.begin(embedding, &device, bus, function, now),
+            // What to do about it is the guest's driver's to find out: it sees the device.
+            About::Errors(count) => log::warn!(
+                "{device} (function {function} of bus {bus}): the host has seen {count} errors of it \
+                 that cannot be corrected"
+            ),
+        }
+    }
+    recalls.end(embedding, now);
 }
 
 fn write_report(
@@ -254,6 +309,15 @@ mod tests {
             text.starts_with("/dev/kvm: ") && text.contains("kvm_amd"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_wait_ends_behind_its_deadline_and_not_before_it() {
+        assert_eq!(milliseconds(None), -1);
+        assert_eq!(milliseconds(Some(Duration::ZERO)), 0);
+        assert_eq!(milliseconds(Some(Duration::from_micros(1))), 1);
+        assert_eq!(milliseconds(Some(Duration::from_millis(60_000))), 60_000);
+        assert_eq!(milliseconds(Some(Duration::MAX)), i32::MAX);
     }
 
     #[test]

@@ -444,6 +444,7 @@ fn good_evidence_passes_in_every_mode() {
         Mode::Eject,
         Mode::EjectFunction,
         Mode::Surprise,
+        Mode::HostUnbind,
         Mode::Hotplug,
         Mode::ReuseId,
         Mode::Kexec,

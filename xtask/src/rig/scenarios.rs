@@ -133,6 +133,12 @@ pub(crate) fn all() -> Vec<Entry> {
             &["edu"],
         )),
         optional(vfio_iommufd()),
+        optional(vfio_unbind("vfio-unbind", "VFIO groups and type 1", None)),
+        optional(vfio_unbind(
+            "vfio-unbind-iommufd",
+            "iommufd",
+            Some(kernel::BUILT.name),
+        )),
         optional(vfio_group()),
         optional(vfio_shadow()),
         optional(vfio_shadow_nvme()),
@@ -395,6 +401,21 @@ fn vfio_iommufd() -> Scenario {
         &["nvme", "e1000e", "rng", "edu"],
     );
     scenario.l1.kernel = Some(kernel::BUILT.name.into());
+    scenario
+}
+
+/// Devices that L1 takes from the VMM while the guest uses them, and gives it again.
+fn vfio_unbind(name: &str, interface: &str, l1_kernel: Option<&str>) -> Scenario {
+    let description = format!(
+        "L1 unbinds a virtio-rng and an NVMe controller from vfio-pci while the guest has them, by \
+         {interface}; three times"
+    );
+    let mut scenario = passthrough(name, &description, &["rng", "nvme"]);
+    scenario.l1.kernel = l1_kernel.map(String::from);
+    for run in &mut scenario.runs {
+        run.mode = Mode::HostUnbind;
+        run.repeat = 3;
+    }
     scenario
 }
 

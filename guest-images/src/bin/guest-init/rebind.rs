@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// Control files of the guest's vPCI driver.
 const DRIVER: &str = "/sys/bus/vmbus/drivers/hv_pci";
+/// Event by which L1 is asked to unbind a device.
+pub(crate) const HOST_UNBIND: &str = "host-unbind";
 /// Limit of an unbind or a bind.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
@@ -63,13 +65,16 @@ fn one(
     let (take, give) = match mode {
         Mode::Eject | Mode::EjectFunction => ("eject", "plug"),
         Mode::Surprise => ("remove", "plug"),
+        Mode::HostUnbind => (HOST_UNBIND, "plug"),
         _ => ("unbind", "bind"),
     };
     let verified_before = match mode {
         Mode::EjectFunction => without_last(number, bus, on_bus, generation)?,
         _ => 0,
     };
-    if mode.is_controlled() {
+    if mode == Mode::HostUnbind {
+        unbound_by_host(number, bus, on_bus)?;
+    } else if mode.is_controlled() {
         self::take(number, take, bus, on_bus)?;
     } else {
         step(format!("cycle {number}: {take} {bus}"));
@@ -114,6 +119,14 @@ fn without_last(number: u32, bus: &str, on_bus: &[Expected], generation: u64) ->
     let stay =
         pci::wait_expected(&others, LIMIT).with_context(|| format!("after {verb} of {bus}"))?;
     verify(&stay, generation, verb)
+}
+
+/// Has L1 take the first function of a bus from the VMM, and waits until all are gone.
+fn unbound_by_host(number: u32, bus: &str, on_bus: &[Expected]) -> Result<()> {
+    let first = on_bus.first().context("a bus without functions")?.address;
+    step(format!("cycle {number}: {HOST_UNBIND} {first}"));
+    ask(&format!("{HOST_UNBIND} {first}"));
+    wait_gone(bus, on_bus)
 }
 
 /// One cycle in which other functions come under the bus's name in between.

@@ -3,7 +3,7 @@
 use crate::bounded::bounded;
 use crate::ioctl::{self, DmaPage};
 use crate::pci::Found;
-use crate::system::write_text;
+use crate::system::{say, write_text};
 use anyhow::{Context, Result, bail};
 use guest_images::scenario::PciAddress;
 use rustix::event::{EventfdFlags, eventfd};
@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 pub(crate) use crate::ioctl::{Interrupt, Iommu};
@@ -50,6 +51,26 @@ pub(crate) fn bind(address: PciAddress, driver: &str) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Takes a function from a driver, which may keep whoever does so waiting until its user lets go of it:
+/// in a thread, whose end the result tells.
+pub(crate) fn begin_unbind(address: PciAddress, driver: &str) -> Receiver<Result<()>> {
+    let (done, end) = channel();
+    let path = Path::new(DRIVERS)
+        .join("drivers")
+        .join(driver)
+        .join("unbind");
+    std::thread::spawn(move || {
+        let result = write_text(path, &address.to_string());
+        if let Err(error) = &result {
+            // Who waits for the end waits for something else first.
+            say(&format!("vpci: {error:#}"));
+        }
+        // Nobody may listen any more: then the run has failed already.
+        let _ = done.send(result);
+    });
+    end
 }
 
 /// Takes a function from its driver for this program, and gives the file of its group and what

@@ -2,8 +2,10 @@
 
 use crate::inspect;
 use crate::interrupts;
+use crate::rebind::HOST_UNBIND;
 use crate::saves::Saves;
-use crate::system::{put, read_text};
+use crate::system::{put, read_text, say};
+use crate::vfio;
 use anyhow::{Context, Result, bail};
 use guest_images::judge::Counted;
 use guest_images::report::{COUNT_EVENT, EVENT_PREFIX, FAIL_PREFIX, GuestReport, REPORT_PREFIX};
@@ -37,6 +39,10 @@ const QUIET_LIMIT: Duration = Duration::from_secs(45);
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// How long a bus that was taken away may keep its name.
 const PLUG_LIMIT: Duration = Duration::from_secs(30);
+/// The driver in L1 of devices that are passed through.
+const HOST_DRIVER: &str = "vfio-pci";
+/// How long a device that the guest has lost may stay with the VMM.
+const UNBIND_LIMIT: Duration = Duration::from_secs(30);
 /// How long a VMM may take to read a snapshot.
 const RESTORE_LIMIT: Duration = Duration::from_secs(60);
 /// Pause between looks at the child.
@@ -177,6 +183,8 @@ struct Vmm<'a> {
     files: &'a Files<'a>,
     /// Buses of the run that are not plugged in now.
     absent: BTreeSet<Uuid>,
+    /// Devices that L1 takes from the VMM, each with the end of that.
+    unbinds: Vec<(PciAddress, Receiver<Result<()>>)>,
     saves: Saves,
     guest: Option<Result<GuestReport, String>>,
     counted: Vec<Counted>,
@@ -200,6 +208,7 @@ impl<'a> Vmm<'a> {
             run,
             files,
             absent: BTreeSet::new(),
+            unbinds: Vec::new(),
             saves: Saves::default(),
             guest: None,
             counted: Vec::new(),
@@ -290,7 +299,11 @@ impl<'a> Vmm<'a> {
                 self.ctl(&["eject", bus, "--fn", function])
             }
             Some(("remove", bus)) => self.take_away(&["remove", "--surprise", bus], bus),
-            Some(("plug", bus)) => self.plug(bus, &run.functions),
+            Some((HOST_UNBIND, address)) => self.unbind(address),
+            Some(("plug", bus)) => {
+                self.rebind()?;
+                self.plug(bus, &run.functions)
+            }
             Some(("swap", bus)) => self.plug(bus, &run.substitutes),
             _ => bail!("the guest asked for the unknown event {event:?}"),
         }
@@ -357,6 +370,40 @@ impl<'a> Vmm<'a> {
     fn take_away(&mut self, words: &[&str], bus: &str) -> Result<()> {
         self.absent.insert(bus.parse().context("GUID of a bus")?);
         self.ctl(words)
+    }
+
+    /// Takes a device from vfio-pci, which waits until the VMM has let go of it.
+    fn unbind(&mut self, address: &str) -> Result<()> {
+        let address: PciAddress = address.parse().map_err(anyhow::Error::msg)?;
+        let mut functions = self.run.functions.iter();
+        let function = functions.find(|function| function.address() == address);
+        let Some(Function::Vfio { host, bus, .. }) = function else {
+            bail!("the guest asked L1 to unbind {address}, which is no device of L1");
+        };
+        // The bus may stay, without the function: a run with one of these has no snapshots.
+        self.absent.insert(*bus);
+        self.unbinds
+            .push((*host, vfio::begin_unbind(*host, HOST_DRIVER)));
+        Ok(())
+    }
+
+    /// Gives devices that were unbound to vfio-pci again. Each must be free by now, or soon.
+    fn rebind(&mut self) -> Result<()> {
+        for (host, end) in self.unbinds.drain(..) {
+            let start = Instant::now();
+            match end.recv_timeout(UNBIND_LIMIT) {
+                Ok(result) => result.with_context(|| format!("unbind of {host}"))?,
+                Err(RecvTimeoutError::Disconnected) => bail!("unbind of {host}: panicked"),
+                Err(RecvTimeoutError::Timeout) => {
+                    let limit = UNBIND_LIMIT.as_secs();
+                    bail!("the VMM has not let go of {host} {limit} s after the guest lost it")
+                }
+            }
+            let millis = start.elapsed().as_millis();
+            say(&format!("vpci: {host} is unbound, waited {millis} ms"));
+            vfio::bind(host, HOST_DRIVER)?;
+        }
+        Ok(())
     }
 
     /// Saves the VM, ends the VMM, and goes on with the VM in a new one.
@@ -692,6 +739,10 @@ mod tests {
         );
         vmm_with("echo VPCI-EVENT grow 1234:00:00.0", 20, |vmm, _| {
             assert!(vmm.failure.unwrap().contains("does not"));
+        });
+        // The disk is not L1's.
+        vmm_with("echo VPCI-EVENT host-unbind 1234:00:00.0", 20, |vmm, _| {
+            assert!(vmm.failure.unwrap().contains("no device of L1"));
         });
     }
 }

@@ -200,6 +200,44 @@ fn good_evidence_of_host_devices_passes() {
     }
 }
 
+/// Good evidence of devices that L1 takes from the VMM twice.
+fn unbound() -> Case {
+    let mut case = passed_through(None);
+    case.run.mode = Mode::HostUnbind;
+    case.guest.mode = Mode::HostUnbind;
+    case.run.repeat = 2;
+    case.guest.loads.clear();
+    // Nobody is to stray.
+    case.guest.dma.retain(|dma| dma.test == DmaTest::Copy);
+    let cycles = [1, 2].into_iter();
+    let cycle = |cycle: u32| {
+        BUSES
+            .into_iter()
+            .zip(KINDS)
+            .map(move |(bus, kind)| RebindReport {
+                cycle,
+                vmbus_device: bus.into(),
+                gone: true,
+                back: true,
+                millis: 900,
+                verified: if kind == Kind::Nvme { 64 << 20 } else { 0 },
+            })
+    };
+    case.guest.rebinds = cycles.flat_map(cycle).collect();
+    case
+}
+
+#[test]
+fn a_device_that_l1_takes_goes_and_comes_back_each_time() {
+    assert_eq!(judge(unbound()), Vec::<String>::new());
+    let fails = |word: &str, change: fn(&mut Case)| breaks_case(unbound(), word, change);
+    fails("cycle 2: not in the report", |c| {
+        drop(c.guest.rebinds.pop());
+    });
+    fails("functions stayed", |c| c.guest.rebinds[3].gone = false);
+    fails("bytes right", |c| c.guest.rebinds[0].verified -= 1);
+}
+
 #[track_caller]
 fn fails(word: &str, change: impl FnOnce(&mut Case)) {
     breaks_case(passed_through(Some(Domain::Strict)), word, change);
