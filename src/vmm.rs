@@ -138,6 +138,26 @@ pub trait BarMapper: Send + Sync + Debug {
     fn unmap(&self, gpa: u64) -> io::Result<()>;
 }
 
+/// Is told of the files of VFIO by which the VM has devices of the host, because KVM must know them: by
+/// them it learns of devices whose DMA does not snoop the CPU's caches, and then heeds the guest's WBINVD
+/// and PAT. Of a device that is opened by its group that file is the group's, otherwise it is the
+/// device's own.
+///
+/// [`add`](Self::add) is called with the lock of the VM's list of devices held, and
+/// [`remove`](Self::remove) with whatever is held where a device is dropped, such as the lock of the
+/// partition's buses.
+pub trait HostFiles: Send + Sync + Debug {
+    /// A file was opened, but no device by it yet: some drivers need to know the VM from then on.
+    ///
+    /// # Errors
+    ///
+    /// The host's error; the device is not opened then.
+    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+    /// A file is to be closed, and this is the last use of it: whoever keeps a reference keeps the device
+    /// from its host.
+    fn remove(&self, file: BorrowedFd<'_>);
+}
+
 /// Makes lines by which the host's kernel interrupts the guest without this process (an irqfd and a
 /// route). Called, as each [`HostLine`] is, inside the guard of an interrupt vector.
 pub trait HostLines: Send + Sync + Debug {

@@ -9,7 +9,7 @@
 //!    leaves made fit for a guest without KVM's paravirtual interface;
 //! 4. [`prepare_vcpu`] once for each vCPU;
 //! 5. [`KvmMsiSink`] and [`KvmDoorbells`] are handed to the partition, and for passed-through
-//!    devices [`KvmBarMapper`] and [`KvmLines`];
+//!    devices [`KvmBarMapper`] and [`KvmLines`]; [`KvmVfio`] is handed to whoever opens these;
 //! 6. on an OUT to the hypercall port, [`hypercall::answer`]; MSR and MMIO exits carry all they
 //!    need themselves.
 //!
@@ -32,6 +32,7 @@ mod slots;
 mod store;
 pub mod survey;
 mod tracking;
+mod vfio;
 pub mod xsave;
 
 pub use bars::KvmBarMapper;
@@ -47,6 +48,7 @@ pub use probe::ProbeFault;
 pub use sint::{IRQCHIP_GSIS, KvmSintLines, irqchip_routes};
 pub use store::{InternalError, StepError, answer_store, internal_error, step_over};
 pub use tracking::KvmRam;
+pub use vfio::KvmVfio;
 
 /// Input clock of KVM's in-kernel local APIC timer in Hz, unless the VMM changed it with
 /// KVM_CAP_X86_APIC_BUS_CYCLES_NS (docs/spec/kvm.md, section 4).

@@ -6,29 +6,37 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio;
 
 use super::error::VfioError;
 use super::info::Type1Info;
 use super::ioctl;
+use super::known::{KnownFile, TELL};
 use super::node;
 use crate::backend::{Permissions, SpaceLimits};
 use crate::mem::{PAGE_SIZE, RamPiece};
+use crate::vmm::HostFiles;
 
 /// A container with one group: the address space of that group's devices.
 #[derive(Debug)]
 pub(super) struct Container {
     /// Before the container, so that it leaves it.
-    group: File,
+    group: KnownFile,
     container: File,
     number: u32,
 }
 
 impl Container {
     /// Opens group `group` of the device at `address` and gives it a container of its own, in which
-    /// nothing is mapped.
-    pub(super) fn open(root: &Path, address: &str, group: u32) -> Result<Self, VfioError> {
+    /// nothing is mapped. `files` is told of the group.
+    pub(super) fn open(
+        root: &Path,
+        address: &str,
+        group: u32,
+        files: Option<&Arc<dyn HostFiles>>,
+    ) -> Result<Self, VfioError> {
         let host = |what| {
             move |error| VfioError::Host {
                 address: address.into(),
@@ -84,6 +92,8 @@ impl Container {
             }
             Err(error) => return Err(host("VFIO_SET_IOMMU")(error)),
         }
+        // Before the first device of it is opened.
+        let group_file = KnownFile::tell(group_file, files).map_err(host(TELL))?;
         Ok(Self {
             group: group_file,
             container,
@@ -92,12 +102,12 @@ impl Container {
     }
 
     /// Opens a device of the group. Its file is ready for use.
-    pub(super) fn open_device(&self, address: &str) -> Result<File, VfioError> {
+    pub(super) fn open_device(&self, address: &str) -> Result<KnownFile, VfioError> {
         let name = CString::new(address).map_err(|_| VfioError::BadAddress {
             address: address.into(),
         })?;
         match ioctl::device_of_group(self.group.as_fd(), &name) {
-            Ok(fd) => Ok(fd.into()),
+            Ok(fd) => Ok(KnownFile::untold(fd.into())),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(VfioError::InUse {
                 address: address.into(),
                 node: Path::new("/").join(node::group(self.number)),

@@ -13,6 +13,7 @@ use super::check::Interface;
 use super::group::Group;
 use super::info::Region;
 use super::ioctl;
+use super::known::KnownFile;
 use super::nested::CannotNest;
 use crate::backend::nested::NestedCapabilities;
 use crate::mem::DeviceMemory;
@@ -51,7 +52,7 @@ pub struct IrqInfo {
 pub struct VfioDevice {
     address: String,
     /// Before the group: a container goes after its devices.
-    file: File,
+    file: KnownFile,
     /// What its attach unit calls it.
     member: u32,
     group: Arc<Group>,
@@ -67,7 +68,7 @@ impl VfioDevice {
         address: &str,
         group: Arc<Group>,
         member: u32,
-        file: File,
+        file: KnownFile,
     ) -> io::Result<Self> {
         let mut info = vfio::vfio_device_info::default();
         ioctl::device_info(file.as_fd(), &mut info)?;

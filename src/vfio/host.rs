@@ -1,7 +1,6 @@
 //! The devices of the host that a VM has.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,14 +11,17 @@ use super::device::VfioDevice;
 use super::error::VfioError;
 use super::group::{Group, LockedRam, VmIommufd};
 use super::iommufd::IommuFd;
+use super::known::KnownFile;
 use crate::backend::SpaceLimits;
 use crate::mem::GuestRam;
+use crate::vmm::HostFiles;
 
 /// What a VM has of the host: its iommufd, its groups and devices. One for each VM.
 #[derive(Debug)]
 pub struct VfioHost {
     root: PathBuf,
     ram: GuestRam,
+    files: Option<Arc<dyn HostFiles>>,
     state: Mutex<State>,
 }
 
@@ -35,11 +37,22 @@ struct State {
 }
 
 impl VfioHost {
-    /// For a VM with this RAM.
+    /// For a VM with this RAM, whose KVM does not know what devices it has: it takes their DMA for
+    /// coherent with the CPU's caches, and pays no heed to what a guest does because it is not.
     pub fn new(ram: GuestRam) -> Arc<Self> {
+        Self::build(ram, None)
+    }
+
+    /// For a VM with this RAM. `files` is told of each file by which it has a device.
+    pub fn with_files(ram: GuestRam, files: Arc<dyn HostFiles>) -> Arc<Self> {
+        Self::build(ram, Some(files))
+    }
+
+    fn build(ram: GuestRam, files: Option<Arc<dyn HostFiles>>) -> Arc<Self> {
         Arc::new(Self {
             root: "/".into(),
             ram,
+            files,
             state: Mutex::default(),
         })
     }
@@ -85,7 +98,8 @@ impl VfioHost {
             }
         };
         let name = facts.device.cdev.as_deref().unwrap_or_default();
-        let (file, member) = vm.fd().open_device(&self.root, address, name)?;
+        let files = self.files.as_ref();
+        let (file, member) = vm.fd().open_device(&self.root, address, name, files)?;
         state.iommufd = Arc::downgrade(&vm);
         let group = self.group(state, facts, || Ok(Group::of_iommufd(facts.group.id, vm)))?;
         describe(address, group, member, file)
@@ -95,7 +109,7 @@ impl VfioHost {
         let address = &*facts.device.address;
         let id = facts.group.id;
         let group = self.group(state, facts, || {
-            let container = Container::open(&self.root, address, id)?;
+            let container = Container::open(&self.root, address, id, self.files.as_ref())?;
             let group = Group::of_container(id, container, self.ram.clone());
             group.map_err(|error| failed(address, "VFIO_IOMMU_GET_INFO", error))
         })?;
@@ -197,7 +211,7 @@ fn describe(
     address: &str,
     group: Arc<Group>,
     member: u32,
-    file: File,
+    file: KnownFile,
 ) -> Result<VfioDevice, VfioError> {
     let device = VfioDevice::new(address, group, member, file);
     device.map_err(|error| failed(address, "VFIO_DEVICE_GET_INFO", error))

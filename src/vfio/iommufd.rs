@@ -5,15 +5,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio;
 
 use super::error::VfioError;
 use super::ioctl::{self, HwInfo};
+use super::known::{KnownFile, TELL};
 use super::nested::InvalidationData;
 use super::node;
 use crate::backend::{Permissions, SpaceLimits};
 use crate::mem::{PAGE_SIZE, RamPiece};
+use crate::vmm::HostFiles;
 
 /// An open iommufd: objects by number, all of which go when it is dropped and no device is bound to it
 /// any more.
@@ -34,16 +37,26 @@ impl IommuFd {
         Ok(Self { file })
     }
 
-    /// Opens the device at `address` by its node `/dev/vfio/devices/NAME` and binds it. Its file is
-    /// ready for use, its DMA is blocked.
+    /// Opens the device at `address` by its node `/dev/vfio/devices/NAME`, tells `files` of it, and binds
+    /// it. Its file is ready for use, its DMA is blocked.
     pub(super) fn open_device(
         &self,
         root: &Path,
         address: &str,
         name: &str,
-    ) -> Result<(File, u32), VfioError> {
+        files: Option<&Arc<dyn HostFiles>>,
+    ) -> Result<(KnownFile, u32), VfioError> {
         let node = node::device(name);
         let file = node::open(root, address, &node)?;
+        let host = |what| {
+            move |error| VfioError::Host {
+                address: address.into(),
+                what,
+                error,
+            }
+        };
+        // Binding opens the device for the VM that its file belongs to then.
+        let file = KnownFile::tell(file, files).map_err(host(TELL))?;
         match ioctl::bind_iommufd(file.as_fd(), self.file.as_fd()) {
             Ok(id) => Ok((file, id)),
             Err(error) => Err(match error.raw_os_error() {
@@ -56,11 +69,7 @@ impl IommuFd {
                     module: "iommufd",
                     parameter: "allow_unsafe_interrupts",
                 },
-                _ => VfioError::Host {
-                    address: address.into(),
-                    what: "VFIO_DEVICE_BIND_IOMMUFD",
-                    error,
-                },
+                _ => host("VFIO_DEVICE_BIND_IOMMUFD")(error),
             }),
         }
     }
@@ -178,4 +187,29 @@ pub(super) fn attach(device: BorrowedFd<'_>, pt: u32) -> io::Result<()> {
 /// Detaches a bound device. Its DMA is blocked, unless another device of its group is attached.
 pub(super) fn detach(device: BorrowedFd<'_>) -> io::Result<()> {
     ioctl::detach(device, &mut Default::default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vfio::known::tests::{List, Told};
+
+    #[test]
+    fn a_vmm_hears_of_a_device_before_it_is_bound_and_of_its_end() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("dev/vfio/devices");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("vfio0"), "").unwrap();
+        let list = Arc::new(List::default());
+        let files: Arc<dyn HostFiles> = list.clone();
+        let fd = IommuFd::new(tempfile::tempfile().unwrap());
+        // The file is none of VFIO's, so that it cannot be bound.
+        let error = fd.open_device(root.path(), "0000:00:05.0", "vfio0", Some(&files));
+        assert!(error.unwrap_err().to_string().contains("BIND_IOMMUFD"));
+        let told = list.told();
+        let [Told::Added(added), Told::Removed(removed)] = told[..] else {
+            panic!("{told:?}");
+        };
+        assert_eq!(added, removed);
+    }
 }

@@ -26,6 +26,7 @@ mod host;
 mod info;
 mod ioctl;
 mod iommufd;
+mod known;
 mod moves;
 pub mod nested;
 mod node;

@@ -12,7 +12,7 @@ use kvm_bindings::kvm_irq_routing_entry;
 use kvm_ioctls::VmFd;
 use uuid::Uuid;
 use vm_vpci::backend::PagedBackend;
-use vm_vpci::kvm::{DEFAULT_MAX_LINES, KvmBarMapper, KvmLines, KvmRoutes};
+use vm_vpci::kvm::{DEFAULT_MAX_LINES, KvmBarMapper, KvmLines, KvmRoutes, KvmVfio};
 use vm_vpci::mem::GuestRam;
 use vm_vpci::pviommu::IommuConfig;
 use vm_vpci::vfio::{
@@ -47,7 +47,10 @@ pub(crate) fn check(device: &HostDevice) -> Result<(), VfioError> {
 /// What the VM's passed-through devices share.
 #[derive(Debug)]
 pub(crate) struct PassThrough {
-    host: Arc<VfioHost>,
+    vm: Arc<VmFd>,
+    ram: GuestRam,
+    /// Made for the first device.
+    host: OnceLock<Arc<VfioHost>>,
     lines: Arc<KvmLines>,
     /// Maps their BARs.
     pub(crate) bars: Arc<KvmBarMapper>,
@@ -92,7 +95,9 @@ impl PassThrough {
     ) -> io::Result<Self> {
         let table = KvmRoutes::new(vm.clone(), routes, first_gsi, DEFAULT_MAX_LINES);
         Ok(Self {
-            host: VfioHost::new(ram),
+            vm: vm.clone(),
+            ram,
+            host: OnceLock::new(),
             lines: Arc::new(KvmLines::new(vm.clone(), Arc::new(table))),
             bars: Arc::new(KvmBarMapper::new(vm.clone(), BAR_SLOTS)),
             shadow,
@@ -101,6 +106,20 @@ impl PassThrough {
             functions: Mutex::default(),
             notices: Notices::new()?,
             errors: AtomicU64::new(0),
+        })
+    }
+
+    /// What opens devices, with which KVM learns of them where it can.
+    fn host(&self) -> &Arc<VfioHost> {
+        self.host.get_or_init(|| match KvmVfio::new(&self.vm) {
+            Ok(files) => VfioHost::with_files(self.ram.clone(), Arc::new(files)),
+            Err(error) => {
+                log::warn!(
+                    "KVM does not learn of devices of the host: where their DMA does not snoop \
+                     caches, they may read stale data: {error}"
+                );
+                VfioHost::new(self.ram.clone())
+            }
         })
     }
 
@@ -116,7 +135,7 @@ impl PassThrough {
             if device.dma == DmaMode::Shadow {
                 continue;
             }
-            let Ok(opened) = self.host.open(&device.address, Interface::Auto) else {
+            let Ok(opened) = self.host().open(&device.address, Interface::Auto) else {
                 continue;
             };
             if let Ok(found) = opened.nested_capabilities() {
@@ -142,7 +161,7 @@ impl PassThrough {
         let known = lock(&self.opened).remove(address);
         let opened = match known {
             Some(opened) => opened,
-            None => self.host.open(address, Interface::Auto)?,
+            None => self.host().open(address, Interface::Auto)?,
         };
         let carry = match placed.iommu {
             false => Carry::default(),
@@ -156,7 +175,7 @@ impl PassThrough {
                 shadow: self.shadow.clone(),
             },
         };
-        let dma = VfioDma::new(&self.host, opened.clone(), carry)?;
+        let dma = VfioDma::new(self.host(), opened.clone(), carry)?;
         let carrier = placed.iommu.then(|| dma.carrier());
         if let Some(carrier) = &carrier {
             match device.dma {
