@@ -451,6 +451,12 @@ impl Server {
         if let Some(relid) = channel.relid.take() {
             self.by_relid.remove(&relid);
             self.gpadls.forget_channel(relid);
+            // What the guest did not wait for would be about whoever has the relid next.
+            self.outbox.retain(|waiting| match &waiting.message {
+                HostMessage::OfferChannel(offer) => offer.relid != u32::from(relid),
+                HostMessage::RescindChannelOffer(rescind) => rescind.relid != u32::from(relid),
+                _ => true,
+            });
         }
         if channel.revoked {
             self.channels.remove(&id);

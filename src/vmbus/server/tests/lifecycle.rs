@@ -329,6 +329,28 @@ fn a_guest_may_give_an_offered_channel_back() {
 }
 
 #[test]
+fn a_release_ahead_of_the_rescind_takes_it_back() {
+    let mut bed = Bed::connected(Version::V5_3, 2);
+    let id = bed.id(1);
+    bed.server.revoke(id);
+    bed.server
+        .handle(MessagePort::Message, &words(t::RELID_RELEASED, &[1]));
+    bed.server.offer(identity(3)).unwrap();
+    let messages = bed.settle();
+    assert_eq!(messages.len(), 1, "the new offer alone: {messages:?}");
+    assert_eq!(messages[0][184], 1, "under the relid that is free again");
+    // Nor is anything offered that was given back before.
+    let newest = bed.id(3);
+    bed.server.revoke(newest);
+    bed.settle();
+    bed.post(&words(t::RELID_RELEASED, &[1]));
+    bed.server.offer(identity(4)).unwrap();
+    bed.server
+        .handle(MessagePort::Message, &words(t::RELID_RELEASED, &[1]));
+    assert_eq!(bed.settle(), [] as [Vec<u8>; 0]);
+}
+
+#[test]
 fn a_release_during_the_close_follows_it() {
     let mut bed = Bed::open(Version::V5_3);
     bed.server
