@@ -37,7 +37,7 @@ pub trait DeviceBackend: Send + Sync + Debug {
     /// # Errors
     ///
     /// [`BackendError`]; nothing has changed then.
-    /// [`Translation::Blocked`](super::Translation::Blocked) is never refused.
+    /// [`Translation::Blocked`] is never refused.
     fn attach(&self, to: &Attachment) -> Result<(), BackendError>;
 
     /// The function is removed. It was reset, cannot master the bus, and is out of the guest's reach, so

@@ -88,6 +88,13 @@ pub(super) trait Mover: Send + Sync + Debug {
 
     /// A device leaves; the others stay where they are.
     fn leave(&mut self, member: u32);
+
+    /// Detaches a device that leaves next, where devices of a unit are attached one by one.
+    ///
+    /// # Errors
+    ///
+    /// [`MoveError`]: it is still where the others are.
+    fn detach(&mut self, member: u32) -> Result<(), MoveError>;
 }
 
 impl Mover for Box<dyn Mover> {
@@ -109,6 +116,10 @@ impl Mover for Box<dyn Mover> {
 
     fn leave(&mut self, member: u32) {
         (**self).leave(member);
+    }
+
+    fn detach(&mut self, member: u32) -> Result<(), MoveError> {
+        (**self).detach(member)
     }
 }
 
@@ -223,6 +234,10 @@ impl<K: SpaceKernel + 'static> Mover for SpaceMover<K> {
     }
 
     fn leave(&mut self, _member: u32) {}
+
+    fn detach(&mut self, _member: u32) -> Result<(), MoveError> {
+        Ok(())
+    }
 }
 
 /// The kernel's side of a unit of iommufd: devices of one group, and what they are attached to.
@@ -449,6 +464,11 @@ impl<K: AttachKernel> Mover for AttachMover<K> {
         if self.members.is_empty() {
             self.arrive(Now::Blocked);
         }
+    }
+
+    fn detach(&mut self, member: u32) -> Result<(), MoveError> {
+        let detached = self.kernel.detach(member);
+        detached.map_err(|error| MoveError::new(error, Left::Unknown))
     }
 }
 

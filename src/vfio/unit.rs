@@ -110,12 +110,29 @@ impl<M: Mover> Unit<M> {
     /// what the others reach is in its reach too where the interface has one address space for the
     /// group.
     pub(super) fn put_out(&mut self, id: u32) {
-        let member = self.members.iter_mut().find(|member| member.id == id);
-        if let Some(member) = member.filter(|member| !member.out) {
-            member.out = true;
-            member.wanted.translation = Translation::Blocked;
-            self.depart(id);
+        let at = self.members.iter().position(|member| member.id == id);
+        let Some(at) = at.filter(|at| !self.members[*at].out) else {
+            return;
+        };
+        self.members[at].wanted.translation = Translation::Blocked;
+        // While one of a group is attached by iommufd, what the others are detached from stays in reach
+        // of all: one that the kernel does not detach goes on to count.
+        if let Err(error) = self.mover.detach(id) {
+            let address = &self.members[at].address;
+            log::error!("group {}: {address}: {error}", self.group);
+            self.settle();
+            return;
         }
+        self.members[at].out = true;
+        self.depart(id);
+    }
+
+    /// True if a device was put out.
+    #[cfg(test)]
+    pub(super) fn is_out(&self, id: u32) -> bool {
+        self.members
+            .iter()
+            .any(|member| member.id == id && member.out)
     }
 
     /// The mover lets go of a device that is not one of those that count any more.
@@ -179,11 +196,11 @@ impl<M: Mover> Unit<M> {
         let Some(at) = self.members.iter().position(|member| member.id == id) else {
             return Ok(());
         };
-        if self.members[at].out {
-            return self.come_back(at, to);
-        }
         if self.astray {
             self.settle();
+        }
+        if self.members[at].out {
+            return self.come_back(at, to);
         }
         let blocks = to.translation == Translation::Blocked;
         if !blocks {

@@ -80,6 +80,9 @@ pub(in crate::vfio) trait Members: Host + Send + Sync {
     /// A device joins; `at` is where the others are, `None` if they are detached.
     fn join(&self, member: u32, at: Option<ObjectId>) -> io::Result<()>;
 
+    /// Detaches a device, which leaves next.
+    fn detach(&self, member: u32) -> io::Result<()>;
+
     /// A device leaves, detached.
     fn leave(&self, member: u32) -> io::Result<()>;
 }
@@ -92,6 +95,10 @@ impl<K: AttachKernel, D: Driver> Members for IommufdHost<Devices<K>, D> {
         }
         devices.lock().push(member);
         Ok(())
+    }
+
+    fn detach(&self, member: u32) -> io::Result<()> {
+        self.device().kernel.detach(member)
     }
 
     fn leave(&self, member: u32) -> io::Result<()> {
@@ -178,6 +185,14 @@ impl<H: Members> Mover for NestedMover<H> {
         if let Err(error) = self.unit.host().leave(member) {
             log::warn!("device {member} of iommufd stays attached until it is closed: {error}");
         }
+    }
+
+    fn detach(&mut self, member: u32) -> Result<(), MoveError> {
+        let detached = self.unit.host().detach(member);
+        detached.map_err(|error| MoveError {
+            cause: error.into(),
+            left: Left::Unknown,
+        })
     }
 }
 
@@ -304,6 +319,10 @@ mod tests {
             }
             self.devices.lock().push(member);
             Ok(())
+        }
+
+        fn detach(&self, member: u32) -> io::Result<()> {
+            self.devices.kernel.detach(member)
         }
 
         fn leave(&self, member: u32) -> io::Result<()> {

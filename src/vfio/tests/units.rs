@@ -184,13 +184,15 @@ proptest! {
     fn a_group_reaches_what_all_its_devices_may(
         iommufd in any::<bool>(),
         steps in prop::collection::vec(
-            (0u32..3, 0u8..8, 1u32..3, 1u64..3, prop::option::weighted(0.3, (0usize..6, 1usize..3))),
+            (0u32..3, 0u8..9, 1u32..3, 1u64..3, prop::option::weighted(0.3, (0usize..6, 1usize..3))),
             0..40,
         ),
     ) {
         let fake = Fake::default();
         let mut unit = unit(&fake, iommufd);
         let mut wanted: [Option<Attachment>; 3] = [None; 3];
+        // Those that were put out count no more than those that are not there.
+        let mut out = [false; 3];
         for (id, kind, domain, n, fault) in steps {
             match fault {
                 Some((healthy, failing)) => fake.break_after(healthy, failing),
@@ -201,10 +203,20 @@ proptest! {
                 3 => to(domain, Translation::Identity),
                 4 => Attachment::DEFAULT,
                 5 | 6 => BLOCKED,
-                _ => {
+                7 => {
                     unit.leave(id);
                     fake.close(id);
                     wanted[id as usize] = None;
+                    out[id as usize] = false;
+                    continue;
+                }
+                _ => {
+                    unit.put_out(id);
+                    // One that is not detached goes on to count.
+                    out[id as usize] = unit.is_out(id);
+                    if wanted[id as usize].is_some() {
+                        wanted[id as usize] = Some(BLOCKED);
+                    }
                     continue;
                 }
             };
@@ -217,18 +229,23 @@ proptest! {
             let result = unit.attach(id, &target);
             let blocks = target.translation == Translation::Blocked;
             if result.is_ok() {
+                out[id as usize] = false;
                 for (other, attachment) in wanted.iter_mut().enumerate() {
                     let Some(attachment) = attachment else { continue };
                     if other == id as usize {
                         *attachment = target;
                     } else if !blocks
+                        && !out[other]
                         && attachment.translation != Translation::Blocked
                         && attachment.domain == target.domain
                     {
                         attachment.translation = target.translation;
                     }
                 }
-                let all: Vec<_> = wanted.iter().flatten().map(|a| a.translation).collect();
+                let counting = wanted.iter().zip(out).filter(|(_, out)| !out);
+                let all: Vec<_> = counting
+                    .filter_map(|(wanted, _)| Some(wanted.as_ref()?.translation))
+                    .collect();
                 let common = match all.windows(2).all(|pair| pair[0] == pair[1]) {
                     true => all[0],
                     false => Translation::Blocked,
@@ -239,6 +256,7 @@ proptest! {
                 if blocks {
                     wanted[id as usize] = Some(target);
                 }
+                out[id as usize] = unit.is_out(id);
                 // Where they were, or nowhere, or what the kernel could not take away.
                 let reach = fake.reach();
                 let known = wanted.iter().flatten().any(|a| reach == reach_of(a.translation));
