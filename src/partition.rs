@@ -443,6 +443,11 @@ impl Partition {
         self.registry.remove(bus);
         // What the bus does from now on must not reach those who get its ids.
         bus.leave_iommu();
+        if let Some(iommu) = &self.iommu {
+            for id in bus.ids() {
+                iommu.begin_removal(id);
+            }
+        }
         switch_off();
         for (id, is_quiet) in bus.quiet_functions() {
             self.leave_iommu(id, is_quiet);
@@ -520,6 +525,9 @@ impl Partition {
         // What it does from now on must not reach who gets its id.
         bus.function_leaves_iommu(function);
         let id = LogicalDeviceId::new(instance, function);
+        if let Some(iommu) = &self.iommu {
+            iommu.begin_removal(id);
+        }
         bus.take_function(function, |is_quiet| self.leave_iommu(id, is_quiet))
     }
 

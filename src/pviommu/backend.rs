@@ -55,6 +55,11 @@ pub trait DeviceBackend: Send + Sync + Debug {
         });
     }
 
+    /// False if blocking it now would block others, because the host's IOMMU cannot tell it from them.
+    fn is_alone(&self) -> bool {
+        true
+    }
+
     /// Forgets translations of some ranges. A back end that cannot blocks the device instead.
     fn flush(&self, ranges: &[FlushRange]);
 

@@ -283,20 +283,33 @@ impl PvIommu {
         Ok(())
     }
 
-    /// A function is being removed: no call may name it any more, and its DMA is blocked. When
-    /// this returns none is under way.
+    /// A function is being removed: no call may name it any more. Its DMA is blocked, and when this
+    /// returns none is under way; but one that the host's IOMMU cannot tell from others stays where it is,
+    /// and is flushed, until [`PvIommu::remove_device`] or [`PvIommu::remove_quiet_device`], because they
+    /// would be blocked with it ([`DeviceBackend::is_alone`]).
     pub fn begin_removal(&self, id: LogicalDeviceId) {
         let mut directory = self.write();
         let Some(slot) = directory.devices.find(id) else {
             return;
         };
+        let Some(device) = directory.devices.get_mut(slot) else {
+            return;
+        };
+        device.removing = true;
+        let backend = device.backend.as_ref();
+        if backend.is_none_or(|backend| backend.is_alone()) {
+            self.hold(&mut directory, slot);
+        }
+    }
+
+    /// Takes a device out of its domain and blocks it.
+    fn hold(&self, directory: &mut Directory, slot: u32) {
         directory.place(slot, None);
         if let Some(device) = directory.devices.get_mut(slot) {
-            device.removing = true;
             device.held = true;
         }
         if let Some(device) = directory.devices.get(slot) {
-            self.settle(&directory, device);
+            self.settle(directory, device);
         }
     }
 
@@ -305,8 +318,11 @@ impl PvIommu {
     /// With it are blocked those that the host's IOMMU cannot tell from it, as long as its back end lives:
     /// see [`PvIommu::remove_quiet_device`].
     pub fn remove_device(&self, id: LogicalDeviceId) {
-        self.begin_removal(id);
-        self.write().remove(id);
+        let mut directory = self.write();
+        if let Some(slot) = directory.devices.find(id) {
+            self.hold(&mut directory, slot);
+        }
+        directory.remove(id);
     }
 
     /// The same for a function that was reset, cannot master the bus, and is out of the guest's reach, so

@@ -172,6 +172,12 @@ impl DeviceBackend for VfioDma {
         }
     }
 
+    fn is_alone(&self) -> bool {
+        let unit = self.device.group_handle().unit();
+        unit.as_ref()
+            .is_none_or(|any| any.unit.is_alone(self.device.member()))
+    }
+
     fn flush(&self, ranges: &[FlushRange]) {
         if let Some(any) = &mut *self.device.group_handle().unit() {
             any.unit.flush(ranges);

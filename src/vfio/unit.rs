@@ -127,6 +127,13 @@ impl<M: Mover> Unit<M> {
         self.depart(id);
     }
 
+    /// True if no other device counts.
+    pub(super) fn is_alone(&self, id: u32) -> bool {
+        self.members
+            .iter()
+            .all(|member| member.id == id || member.out)
+    }
+
     /// True if a device was put out.
     #[cfg(test)]
     pub(super) fn is_out(&self, id: u32) -> bool {

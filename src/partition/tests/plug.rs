@@ -157,11 +157,15 @@ struct Watched {
 }
 
 #[derive(Debug, Default)]
-struct Log(Mutex<Vec<&'static str>>);
+struct Log {
+    told: Mutex<Vec<&'static str>>,
+    /// The host's IOMMU cannot tell the device from others.
+    shares: bool,
+}
 
 impl Log {
     fn push(&self, what: &'static str) {
-        self.0.lock().unwrap().push(what);
+        self.told.lock().unwrap().push(what);
     }
 }
 
@@ -209,6 +213,10 @@ impl DeviceBackend for Log {
         self.push("removed");
     }
 
+    fn is_alone(&self) -> bool {
+        !self.shares
+    }
+
     fn flush(&self, _ranges: &[FlushRange]) {}
 
     fn flush_all(&self) {}
@@ -220,10 +228,17 @@ impl DeviceBackend for Log {
 
 #[test]
 fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
-    let plugged = |functions: usize| {
+    let plugged = |functions: usize, shares: bool| {
         let guest = Guest::with_iommu(ram(256), IommuConfig::default());
         assert!(guest.partition.remove(&INSTANCE));
-        let logs: Vec<_> = (0..functions).map(|_| Arc::<Log>::default()).collect();
+        let told = Mutex::default;
+        let log = |_| {
+            Arc::new(Log {
+                told: told(),
+                shares,
+            })
+        };
+        let logs: Vec<_> = (0..functions).map(log).collect();
         let functions = (0..).zip(&logs).map(|(number, log)| {
             let watched = Watched {
                 device: TestDevice::new(9, &*guest.host).unwrap(),
@@ -238,14 +253,27 @@ fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
         guest.partition.plug(spec).unwrap();
         (guest, logs)
     };
-    let of = |log: &Log| log.0.lock().unwrap().clone();
-    let (mut guest, logs) = plugged(1);
+    let of = |log: &Log| log.told.lock().unwrap().clone();
+    // Others would be blocked with it.
+    let (mut guest, logs) = plugged(1, true);
     guest.connect();
     assert!(guest.partition.remove(&INSTANCE));
     let life = ["attached", "master", "no master", "reset", "removed"];
     assert_eq!(of(&logs[0]), life);
+    let (mut guest, logs) = plugged(1, false);
+    guest.connect();
+    assert!(guest.partition.remove(&INSTANCE));
+    let blocked_first = [
+        "attached",
+        "master",
+        "blocked",
+        "no master",
+        "reset",
+        "removed",
+    ];
+    assert_eq!(of(&logs[0]), blocked_first);
     // The guest never had these.
-    let (guest, logs) = plugged(2);
+    let (guest, logs) = plugged(2, true);
     guest.partition.remove_function(&INSTANCE, 1).unwrap();
     assert_eq!(of(&logs[1]), ["attached", "removed"]);
     assert_eq!(of(&logs[0]), ["attached"]);

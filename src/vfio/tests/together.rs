@@ -29,6 +29,10 @@ impl DeviceBackend for Member {
         self.unit.lock().unwrap().put_out(self.id);
     }
 
+    fn is_alone(&self) -> bool {
+        self.unit.lock().unwrap().is_alone(self.id)
+    }
+
     fn flush(&self, ranges: &[FlushRange]) {
         self.unit.lock().unwrap().flush(ranges);
     }
@@ -177,6 +181,8 @@ fn a_function_that_is_removed_disturbs_nobody_of_its_group() {
             let reach = bed.fake.reach();
             let from = bed.fake.state().history.len();
             // Its device lives on.
+            bed.iommu.begin_removal(id(A));
+            bed.iommu.detach(id(A)).unwrap_err();
             bed.iommu.remove_quiet_device(id(A));
             assert_eq!(bed.fake.reach(), reach);
             assert!(bed.history(from).iter().all(|then| *then == reach));
@@ -186,7 +192,9 @@ fn a_function_that_is_removed_disturbs_nobody_of_its_group() {
             }
             bed.iommu.reset();
             assert_eq!(bed.fake.reach(), all_ram());
-            // The last one takes everything with it.
+            // The last one takes everything with it, at once.
+            bed.iommu.begin_removal(id(B));
+            assert!(bed.fake.reach().is_empty());
             bed.iommu.remove_quiet_device(id(B));
             assert!(bed.fake.reach().is_empty());
         }
