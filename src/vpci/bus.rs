@@ -278,7 +278,9 @@ impl Bus {
     ) -> impl Iterator<Item = (LogicalDeviceId, IommuMode, Option<Arc<dyn DeviceBackend>>)> {
         self.core.functions().map(|slot| {
             let mode = slot.iommu_mode();
-            let backend = (mode != IommuMode::Off).then(|| slot.dma_backend());
+            // A device of the host hears of it in any case: it may come back from an earlier removal.
+            let told = mode != IommuMode::Off || slot.has_backend();
+            let backend = told.then(|| slot.dma_backend());
             (self.id(slot.number), mode, backend)
         })
     }

@@ -227,9 +227,14 @@ impl FunctionSlot {
         }
     }
 
+    /// True if its DMA is not done by this process.
+    pub(crate) fn has_backend(&self) -> bool {
+        self.backend.is_some()
+    }
+
     /// True for a device of the host, whose state neither it nor the bus can tell.
     pub(crate) fn is_hosted(&self) -> bool {
-        self.backend.is_some() || self.interrupts.are_hosted()
+        self.has_backend() || self.interrupts.are_hosted()
     }
 
     /// The pvIOMMU hears nothing of this function from now on.

@@ -228,7 +228,7 @@ impl DeviceBackend for Log {
 
 #[test]
 fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
-    let plugged = |functions: usize, shares: bool| {
+    let plugged = |functions: usize, shares: bool, mode: IommuMode| {
         let guest = Guest::with_iommu(ram(256), IommuConfig::default());
         assert!(guest.partition.remove(&INSTANCE));
         let told = Mutex::default;
@@ -244,7 +244,7 @@ fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
                 device: TestDevice::new(9, &*guest.host).unwrap(),
                 log: log.clone(),
             };
-            FunctionSpec::new(number, Arc::new(watched)).with_iommu(IommuMode::On)
+            FunctionSpec::new(number, Arc::new(watched)).with_iommu(mode)
         });
         let spec = BusSpec {
             instance: INSTANCE,
@@ -255,12 +255,12 @@ fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
     };
     let of = |log: &Log| log.told.lock().unwrap().clone();
     // Others would be blocked with it.
-    let (mut guest, logs) = plugged(1, true);
+    let (mut guest, logs) = plugged(1, true, IommuMode::On);
     guest.connect();
     assert!(guest.partition.remove(&INSTANCE));
     let life = ["attached", "master", "no master", "reset", "removed"];
     assert_eq!(of(&logs[0]), life);
-    let (mut guest, logs) = plugged(1, false);
+    let (mut guest, logs) = plugged(1, false, IommuMode::On);
     guest.connect();
     assert!(guest.partition.remove(&INSTANCE));
     let blocked_first = [
@@ -273,10 +273,14 @@ fn a_back_end_hears_of_a_removal_when_its_device_is_off_and_not_before() {
     ];
     assert_eq!(of(&logs[0]), blocked_first);
     // The guest never had these.
-    let (guest, logs) = plugged(2, true);
+    let (guest, logs) = plugged(2, true, IommuMode::On);
     guest.partition.remove_function(&INSTANCE, 1).unwrap();
     assert_eq!(of(&logs[1]), ["attached", "removed"]);
     assert_eq!(of(&logs[0]), ["attached"]);
+    // Not behind the pvIOMMU: it may come from where it was, and was removed.
+    let (guest, logs) = plugged(1, true, IommuMode::Off);
+    guest.partition.remove(&INSTANCE);
+    assert_eq!(of(&logs[0]), ["attached", "removed"]);
 }
 
 /// A loop whose threads stand still for one adoption: it says that it has come, and waits for leave.
