@@ -140,8 +140,8 @@ pub trait BarMapper: Send + Sync + Debug {
 
 /// Is told of the files of VFIO by which the VM has devices of the host, because KVM must know them: by
 /// them it learns of devices whose DMA does not snoop the CPU's caches, and then heeds the guest's WBINVD
-/// and PAT. Of a device that is opened by its group that file is the group's, otherwise it is the
-/// device's own.
+/// and PAT. The file is that of the group for a device that is opened by its group, otherwise the device's
+/// own.
 ///
 /// [`add`](Self::add) is called with the lock of the VM's list of devices held, and
 /// [`remove`](Self::remove) with whatever is held where a device is dropped, such as the lock of the
@@ -219,9 +219,9 @@ pub trait TrackedPages: Send + Sync + Debug {
     ///
     /// # Errors
     ///
-    /// The host's error. Pages of `track` may be tracked or not then; those of `untrack` still are,
-    /// or their stores trap no more: either is fine. A later call names them again, those of `track`
-    /// to be tracked or let go of.
+    /// The host's error. Pages of `track` may be tracked or not then; those of `untrack` must still be,
+    /// because they may become tables again. A later call names them again, those of `track` to be tracked
+    /// or let go of.
     fn change(&self, track: &[u64], untrack: &[u64]) -> io::Result<()>;
 }
 

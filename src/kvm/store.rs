@@ -172,7 +172,8 @@ pub enum StepError {
 /// A thread lives for the time of the step, and guest debugging of the vCPU is off afterwards.
 ///
 /// With more pages tracked than [`ShadowConfig::max_stepped_pages`] nothing is executed: pages are let go of
-/// so that the vCPU can go on by itself ([`Shadow::with_pages_writable`]).
+/// so that the vCPU can go on by itself ([`Shadow::with_pages_writable`]). `again` says that the last call
+/// returned false and that the vCPU is back with the same exit.
 ///
 /// True if the vCPU is at another instruction now, or has fewer pages in its way. One for which it is false
 /// may do with more time.
@@ -188,13 +189,14 @@ pub fn step_over(
     shadow: &Shadow,
     ram: &KvmRam,
     time: Duration,
+    again: bool,
 ) -> Result<bool, StepError> {
     let before = vcpu.get_regs()?.rip;
     let mut step = || {
         ram.with_kick_after(number, time, || step(vcpu))
             .map_err(StepError::Watch)?
     };
-    let stepped = shadow.with_pages_writable(|| ram.with_pages_writable(&mut step));
+    let stepped = shadow.with_pages_writable(again, || ram.with_pages_writable(&mut step));
     match stepped {
         Ok(stepped) => stepped??,
         Err(let_go) => return Ok(let_go.writable),

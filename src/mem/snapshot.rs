@@ -127,11 +127,14 @@ impl Snapshot {
         regions.any(|region| region.start < end && gpa < region.end())
     }
 
-    /// The parts of `gpa..end` that are RAM, region by region.
-    pub(crate) fn parts(&self, gpa: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
-        let part = move |region: &Region| region.start.max(gpa)..region.end().min(end);
+    /// The parts of `gpa..end` that are RAM, region by region, and whether each can be written.
+    pub(crate) fn parts(&self, gpa: u64, end: u64) -> impl Iterator<Item = (Range<u64>, bool)> {
+        let part = move |region: &Region| {
+            let range = region.start.max(gpa)..region.end().min(end);
+            (range, region.writable)
+        };
         let parts = self.regions.iter().map(part);
-        parts.filter(|part| part.start < part.end)
+        parts.filter(|(range, _)| range.start < range.end)
     }
 
     /// Bytes of all regions.

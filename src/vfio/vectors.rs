@@ -1,9 +1,9 @@
 //! The interrupts of a host device: each vector an eventfd of VFIO that is a line into the guest.
 //!
-//! MSI-X is on in the device as soon as the guest switches it on, but a vector takes one of the host's
-//! interrupts only when its first message is to be delivered, so that a device with thousands takes those
-//! in use. What happens before is kept by the device itself, in its pending bits, because the host masks
-//! the entry.
+//! MSI-X is on in the device as soon as the guest switches it on. Where vectors can be added later it takes
+//! one of the host's interrupts then, and each other vector takes its own when its first message is to be
+//! delivered, so that a device with thousands takes those in use. What happens before is kept by the
+//! device itself, in its pending bits, because the host masks the entry.
 #![forbid(unsafe_code)]
 
 use std::fmt::Debug;

@@ -538,7 +538,8 @@ impl Embedding {
             (Some(InternalError::Emulation), Some(shadow)) if tries.steps < MAX_TRIES => {
                 let time = STEP_TIME * (1 << tries.steps);
                 let slots = self.ram.slots();
-                match kvm::step_over(vcpu, vp as usize, shadow, slots, time)? {
+                let again = tries.steps > 0;
+                match kvm::step_over(vcpu, vp as usize, shadow, slots, time, again)? {
                     true => tries.steps = 0,
                     false => tries.steps += 1,
                 }

@@ -204,7 +204,8 @@ impl PassThrough {
         self.notices.as_raw_fd()
     }
 
-    /// What the host has said of the devices since the last call.
+    /// What the host has said of the devices since the last call; of errors not each time, because a guest
+    /// may be able to make its device have as many as it likes.
     pub(crate) fn notices(&self) -> Vec<Notice> {
         let mut functions = lock(&self.functions);
         functions.retain(|known| known.function.strong_count() > 0);
@@ -217,11 +218,13 @@ impl PassThrough {
                 about,
             }));
         }
-        let errors = notices.iter().map(|notice| match notice.about {
-            About::Errors(count) => count,
-            About::Wanted => 0,
+        notices.retain(|notice| match notice.about {
+            About::Wanted => true,
+            About::Errors(count) => {
+                let before = self.errors.fetch_add(count, Ordering::Relaxed);
+                passes_a_power_of_two(before, before.saturating_add(count))
+            }
         });
-        self.errors.fetch_add(errors.sum(), Ordering::Relaxed);
         notices
     }
 
@@ -262,4 +265,21 @@ fn connect(device: &VfioDevice, irq: u32, fd: BorrowedFd<'_>) -> io::Result<bool
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// True if a count reached a power of two, or went past one.
+fn passes_a_power_of_two(before: u64, after: u64) -> bool {
+    before.checked_ilog2() != after.checked_ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_told_ever_more_rarely() {
+        let told = (0..1000).filter(|before| passes_a_power_of_two(*before, before + 1));
+        assert!(told.eq([0, 1, 3, 7, 15, 31, 63, 127, 255, 511]));
+        assert!(passes_a_power_of_two(5, 9) && !passes_a_power_of_two(5, 7));
+    }
 }

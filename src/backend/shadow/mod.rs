@@ -150,7 +150,7 @@ enum Trouble {
 /// Pages were let go of for good, instead of being made writable for one instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LetGo {
-    /// False if the tracker failed: they are as before.
+    /// False if none were: there was none to let go of yet, or the tracker failed.
     pub writable: bool,
 }
 
@@ -242,19 +242,21 @@ impl Shadow {
     }
 
     /// Calls `f`, which lets one vCPU store to tracked pages while no other runs, then follows all
-    /// tables anew. For stores that KVM cannot report.
+    /// tables anew. For stores that KVM cannot report. `again` says that the last attempt for this vCPU
+    /// came to nothing and that it is where it was.
     ///
     /// # Errors
     ///
     /// [`LetGo`] if more than [`max_stepped_pages`](ShadowConfig::max_stepped_pages) pages are tracked: `f`
     /// is not called, and the vCPU may try again by itself. Pages that are tables no more have been let
-    /// go of: guests use these for anything. If there were none, it is a table that the vCPU stores to, as
-    /// only a guest that attacks does: all domains have been blocked, until they are attached or
-    /// configured anew, and their pages let go of.
-    pub fn with_pages_writable<T>(&self, f: impl FnOnce() -> T) -> Result<T, LetGo> {
+    /// go of: guests use these for anything. If there were none, somebody else may have let go of the one
+    /// that the vCPU wants, so that it has to try once more. If it is there `again`, it is a table that it
+    /// stores to, as only a guest that attacks does: all domains have been blocked, until they are attached
+    /// or configured anew, and their pages let go of.
+    pub fn with_pages_writable<T>(&self, again: bool, f: impl FnOnce() -> T) -> Result<T, LetGo> {
         let mut state = self.lock();
         if state.pages.tracked() > self.config.max_stepped_pages {
-            return Err(self.let_go(&mut state));
+            return Err(self.let_go(again, &mut state));
         }
         let result = f();
         let ids: Vec<u64> = state.domains.keys().copied().collect();
@@ -264,10 +266,14 @@ impl Shadow {
         Ok(result)
     }
 
-    /// Lets go of pages that are tables no more; if there are none, of all, whose domains are blocked.
-    fn let_go(&self, state: &mut State) -> LetGo {
+    /// Lets go of pages that are tables no more; if there are none `again`, of all, whose domains are
+    /// blocked.
+    fn let_go(&self, again: bool, state: &mut State) -> LetGo {
         let State { domains, pages, .. } = state;
         if pages.idle() == 0 {
+            if !again {
+                return LetGo { writable: false };
+            }
             let max = self.config.max_stepped_pages;
             let ram = self.ram.pin();
             let mut view = View::new(&ram, self.config.physical_bits);

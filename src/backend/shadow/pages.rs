@@ -23,7 +23,7 @@ pub(super) struct Pages {
     places: HashMap<u64, Vec<Place>>,
     /// Number of all places.
     count: usize,
-    /// Pages that are not tracked yet; those that are idle too never have to be.
+    /// Pages that are not tracked yet. One that is idle as well need not be tracked any more.
     fresh: Vec<u64>,
     /// Pages that are tracked, or were to be, and have no place any more.
     idle: BTreeSet<u64>,

@@ -67,11 +67,11 @@ impl Leaf {
         ranges.flat_map(move |range| {
             let gpa = |iova| leaf.gpa + (iova - leaf.iova);
             let parts = ram.parts(gpa(range.start), gpa(range.end));
-            parts.map(move |part| Piece {
+            parts.map(move |(part, is_writable)| Piece {
                 iova: leaf.iova + (part.start - leaf.gpa),
                 gpa: part.start,
                 len: part.end - part.start,
-                writable: leaf.writable,
+                writable: leaf.writable && is_writable,
             })
         })
     }

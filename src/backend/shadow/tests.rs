@@ -29,6 +29,8 @@ const RAM: [Range<u64>; 2] = [0..0x10_0000, 0x20_0000..0x60_0000];
 #[derive(Debug)]
 pub(crate) struct FakeSpace {
     ram: Vec<Range<u64>>,
+    /// What of it cannot be written.
+    rom: Mutex<Range<u64>>,
     limits: SpaceLimits,
     mapped: Mutex<Intervals<(u64, Permissions)>>,
     /// Bytes mapped now, and at most so far.
@@ -49,6 +51,7 @@ impl FakeSpace {
         ];
         Arc::new(Self {
             ram: ram.to_vec(),
+            rom: Mutex::default(),
             limits: SpaceLimits {
                 ranges,
                 granule: 4096,
@@ -97,6 +100,10 @@ impl AddressSpace for FakeSpace {
         assert!(self.limits.allow(iova, len), "{iova:#x}+{len:#x}");
         let is_ram = |range: &Range<u64>| range.start <= gpa && gpa + len <= range.end;
         assert!(self.ram.iter().any(is_ram), "{gpa:#x}+{len:#x}");
+        let rom = self.rom.lock().unwrap();
+        if access.contains(Permissions::WRITE) && gpa < rom.end && rom.start < gpa + len {
+            return Err(SpaceError::NotRam { gpa, len });
+        }
         let mut mapped = self.mapped.lock().unwrap();
         let inserted = mapped.insert(iova, len, (gpa, access));
         inserted.map_err(|_| SpaceError::Exists { iova, len })?;
@@ -592,7 +599,7 @@ fn a_store_that_kvm_cannot_report_is_followed_afterwards() {
     let _domains = spaces
         .each_ref()
         .map(|space| bed.follow(0x1000, space).unwrap());
-    let done = bed.shadow.with_pages_writable(|| {
+    let done = bed.shadow.with_pages_writable(false, || {
         let entries = [0x9000 | PAGE, 0xa000 | PAGE].map(u64::to_le_bytes);
         bed.ram
             .write(0x4000 + 4 * 8, entries.as_flattened())
@@ -634,16 +641,21 @@ fn a_page_that_is_given_up_is_writable_and_blocks_the_domains_that_have_it() {
 #[test]
 fn tables_in_read_only_ram_are_followed_and_never_marked() {
     let rom = 0x1_0000;
-    let leaf = (0x5000 | PAGE) & !(entry::ACCESSED | entry::DIRTY);
-    let table = [&leaf.to_le_bytes()[..], &[0; 0xff8]].concat();
+    let unmarked = |entry: u64| entry & !(entry::ACCESSED | entry::DIRTY);
+    let leaf = unmarked(0x5000 | PAGE);
+    // The second one is to that RAM itself, for writing.
+    let leaves = [leaf, unmarked(rom | PAGE)].map(u64::to_le_bytes);
+    let table = [leaves.as_flattened(), &[0; 0xff0]].concat();
     let map = crate::mem::testing::with_rom(rom, &table);
     let bed = Bed::over(GuestRam::new(&map), config());
     bed.set(0x1000, 0, 0x2000 | LINK);
     bed.set(0x2000, 0, 0x3000 | LINK);
     bed.set(0x3000, 0, rom | LINK);
     let space = FakeSpace::with_ram(std::slice::from_ref(&(0..rom + 0x1000)), None);
+    *space.rom.lock().unwrap() = rom..rom + 0x1000;
     let domain = bed.follow(0x1000, &space).unwrap();
     assert_eq!(space.find(0), Some((0x5000, true)));
+    assert_eq!(space.find(0x1000), Some((rom, false)));
     assert_eq!(bed.get(rom, 0), leaf);
     // Stores of a vCPU that leave the guest change nothing.
     assert!(bed.shadow.store(rom, &[0; 8]).is_err());
