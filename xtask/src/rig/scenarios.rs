@@ -98,7 +98,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(pviommu_rebind()),
         optional(pviommu_vfio_user()),
         optional(pviommu_map()),
-        optional(eject("linux-7")),
+        required(eject("linux-7")),
         optional(surprise()),
         optional(hotplug("linux-7")),
         optional(reuse_id("linux-7")),
@@ -111,7 +111,7 @@ pub(crate) fn all() -> Vec<Entry> {
         )),
         optional(multifunction("linux-7")),
         optional(kexec("linux-7")),
-        optional(snapshot("linux-7")),
+        required(snapshot("linux-7")),
         required(passthrough(
             "vfio-nvme",
             "an NVMe controller of the host, by VFIO groups and type 1",
@@ -133,7 +133,7 @@ pub(crate) fn all() -> Vec<Entry> {
             &["edu"],
         )),
         optional(vfio_iommufd()),
-        optional(vfio_unbind("vfio-unbind", "VFIO groups and type 1", None)),
+        required(vfio_unbind("vfio-unbind", "VFIO groups and type 1", None)),
         optional(vfio_unbind(
             "vfio-unbind-iommufd",
             "iommufd",
@@ -143,7 +143,7 @@ pub(crate) fn all() -> Vec<Entry> {
         optional(vfio_shadow()),
         optional(vfio_shadow_nvme()),
         optional(vfio_map()),
-        optional(conformance("conformance", "user")),
+        required(conformance("conformance", "user")),
         optional(conformance("conformance-hybrid", "kernel")),
         optional(hostile()),
     ]
