@@ -82,8 +82,18 @@ pub(crate) fn ask(event: &str) {
     let old = read_text(LEVELS);
     let _ = write_text(LEVELS, "1");
     say(&format!("\n{EVENT_PREFIX}{event}"));
+    // What is still on its way out would have the kernel's next message in its middle.
+    drain();
     if let Ok(levels) = old {
         let _ = write_text(LEVELS, levels.split_whitespace().next().unwrap_or("4"));
+    }
+}
+
+/// Waits until all that was written has left the console.
+fn drain() {
+    if let Some(console) = CONSOLE.get() {
+        let console = console.lock().unwrap_or_else(|error| error.into_inner());
+        let _ = rustix::termios::tcdrain(&*console);
     }
 }
 
