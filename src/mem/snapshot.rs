@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::{
-    GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileMemoryError,
-    VolatileSlice,
+    AtomicInteger, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory,
+    VolatileMemoryError, VolatileSlice,
 };
 
 use super::{MemError, RamMap};
@@ -227,28 +227,24 @@ impl Snapshot {
     /// A 32-bit word.
     #[inline]
     pub(crate) fn u32(&self, gpa: u64) -> Result<Word<'_, AtomicU32>, MemError> {
-        let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 4 })?;
-        let atomic = region.mapping.get_atomic_ref(region.offset(gpa));
-        let atomic = atomic.map_err(|error| word_error(&error, gpa, 4))?;
-        let writable = region.writable;
-        Ok(Word {
-            atomic,
-            gpa,
-            writable,
-        })
+        self.word(gpa)
     }
 
     /// A 64-bit word.
     #[inline]
     pub(crate) fn u64(&self, gpa: u64) -> Result<Word<'_, AtomicU64>, MemError> {
-        let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len: 8 })?;
+        self.word(gpa)
+    }
+
+    #[inline]
+    fn word<T: AtomicInteger>(&self, gpa: u64) -> Result<Word<'_, T>, MemError> {
+        let len = size_of::<T>() as u64;
+        let region = self.find(gpa).ok_or(MemError::NotRam { gpa, len })?;
         let atomic = region.mapping.get_atomic_ref(region.offset(gpa));
-        let atomic = atomic.map_err(|error| word_error(&error, gpa, 8))?;
-        let writable = region.writable;
         Ok(Word {
-            atomic,
+            atomic: atomic.map_err(|error| word_error(&error, gpa, len))?,
             gpa,
-            writable,
+            writable: region.writable,
         })
     }
 
@@ -353,8 +349,8 @@ impl RamPiece {
     }
 }
 
-/// Consecutive bytes of RAM, which may be written, that were found once. Their region stays mapped as long as this lives,
-/// also when the VMM takes it out of the map: whoever keeps a span compares
+/// Consecutive bytes of RAM, which may be written, that were found once. Their region stays mapped as
+/// long as this lives, also when the VMM takes it out of the map: whoever keeps a span compares
 /// [`GuestRam::generation`](super::GuestRam::generation) before each use.
 #[derive(Debug)]
 pub(crate) struct Span {

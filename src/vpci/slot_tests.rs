@@ -1,7 +1,5 @@
-use super::super::function::{
-    Capability, HostVectors, InterruptLines, InterruptMode, MsixSpec, PciIdentity, VectorRoute,
-};
-use super::super::testing::{HIGH, LOW, MsiLog, host};
+use super::super::function::{Capability, HostVectors, InterruptLines, MsixSpec, PciIdentity};
+use super::super::testing::{HIGH, LOW, MsiLog, NoVectors, host};
 use super::*;
 use crate::mem::DeviceMemory;
 use crate::vmbus::ring::guest::ram;
@@ -122,18 +120,6 @@ impl PciFunction for Probe {
             resources.interrupts.raise(0);
             resources.dma.write(0, &[1]).unwrap_err();
         }
-    }
-}
-
-/// A host that delivers nothing.
-#[derive(Debug)]
-struct NoVectors;
-
-impl HostVectors for NoVectors {
-    fn set_mode(&self, _mode: InterruptMode) {}
-    fn route(&self, _vector: u16, _to: VectorRoute) {}
-    fn is_pending(&self, _vector: u16) -> bool {
-        false
     }
 }
 

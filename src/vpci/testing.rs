@@ -10,7 +10,7 @@ use uuid::{Uuid, uuid};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::bus::{Bus, BusConfig, BusHost};
-use super::function::{FunctionSpec, PciFunction};
+use super::function::{FunctionSpec, HostVectors, InterruptMode, PciFunction, VectorRoute};
 use super::lock;
 use super::mmio::MmioSpace;
 use crate::hv::vpci as wire;
@@ -387,5 +387,17 @@ pub(crate) fn delete(slot: u32, message: wire::Message) -> wire::DeleteInterrupt
         message_type: MessageType::DeleteInterrupt.code().into(),
         slot: slot.into(),
         message,
+    }
+}
+
+/// A host that delivers nothing.
+#[derive(Debug)]
+pub(crate) struct NoVectors;
+
+impl HostVectors for NoVectors {
+    fn set_mode(&self, _mode: InterruptMode) {}
+    fn route(&self, _vector: u16, _to: VectorRoute) {}
+    fn is_pending(&self, _vector: u16) -> bool {
+        false
     }
 }

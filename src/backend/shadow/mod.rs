@@ -218,8 +218,8 @@ impl Shadow {
     ///
     /// # Errors
     ///
-    /// [`MemError`]: it is not RAM, or read-only; nothing has happened. `expected` and `new` are as long as the
-    /// access, at most 8 bytes.
+    /// [`MemError`]: it is not RAM, or read-only; nothing has happened. `expected` and `new` are as long
+    /// as the access, at most 8 bytes.
     pub fn compare_exchange(
         &self,
         gpa: u64,

@@ -8,9 +8,8 @@ use crate::dma::DmaPort;
 use crate::pviommu::DeviceBackend;
 use crate::vmbus::VmBusStateError;
 use crate::vmbus::server::Phase;
-use crate::vpci::function::{
-    FunctionLayout, FunctionResources, HostVectors, InterruptMode, VectorRoute,
-};
+use crate::vpci::function::{FunctionLayout, FunctionResources, HostVectors};
+use crate::vpci::testing::NoVectors;
 
 /// What the guest saw in a step.
 type Answer = Vec<u8>;
@@ -517,18 +516,6 @@ impl PciFunction for Hosted {
     }
     fn reset(&self) {
         self.device.reset();
-    }
-}
-
-/// A host that delivers nothing.
-#[derive(Debug)]
-struct NoVectors;
-
-impl HostVectors for NoVectors {
-    fn set_mode(&self, _mode: InterruptMode) {}
-    fn route(&self, _vector: u16, _to: VectorRoute) {}
-    fn is_pending(&self, _vector: u16) -> bool {
-        false
     }
 }
 
